@@ -1,0 +1,146 @@
+//! The dirty bitmap of a memslot (KVM_MEM_LOG_DIRTY_PAGES).
+
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+/// One bit per page, set by whoever writes to guest memory on the guest's behalf.
+#[derive(Debug)]
+pub struct DirtyLog {
+    words: Box<[AtomicU64]>,
+    pages: u64,
+}
+
+impl DirtyLog {
+    /// A log for `pages` pages, all clean (or all dirty, as KVM_DIRTY_LOG_INITIALLY_SET wants it).
+    /// `None`: no memory.
+    pub fn new(pages: u64, all_dirty: bool) -> Option<Self> {
+        let count = usize::try_from(pages.div_ceil(64)).ok()?;
+        let mut words = Vec::new();
+        words.try_reserve_exact(count).ok()?;
+        words.resize_with(count, || AtomicU64::new(0));
+        let log = DirtyLog {
+            words: words.into_boxed_slice(),
+            pages,
+        };
+        if all_dirty {
+            for (i, word) in log.words.iter().enumerate() {
+                word.store(log.valid(i), Ordering::Relaxed);
+            }
+        }
+        Some(log)
+    }
+
+    fn valid(&self, word: usize) -> u64 {
+        match self.pages - (word as u64 * 64) {
+            0..64 => (1 << (self.pages % 64)) - 1,
+            _ => u64::MAX,
+        }
+    }
+
+    /// Number of pages.
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// Number of 64-bit words that [`Self::fetch`] gives.
+    pub fn words(&self) -> usize {
+        self.words.len()
+    }
+
+    /// Marks `page` (counted from the start of the slot); pages beyond the slot are ignored.
+    pub fn mark(&self, page: u64) {
+        let Some(word) = self.words.get((page / 64) as usize) else {
+            return;
+        };
+        let bit = 1 << (page % 64);
+        // A plain load first: most writes hit pages that are dirty already, and an atomic
+        // read-modify-write would bounce the cache line between vCPUs.
+        if word.load(Ordering::Relaxed) & bit == 0 {
+            word.fetch_or(bit, Ordering::AcqRel);
+        }
+    }
+
+    /// Marks the pages that `len` bytes at byte `offset` touch.
+    pub fn mark_range(&self, offset: u64, len: u64) {
+        if len == 0 {
+            return;
+        }
+        let last = offset.saturating_add(len - 1) / crate::PAGE_SIZE;
+        for page in offset / crate::PAGE_SIZE..=last.min(self.pages) {
+            self.mark(page);
+        }
+    }
+
+    /// Appends the bitmap to `out`; with `clear`, every bit that is given out is cleared. `false`: no
+    /// memory, and nothing was cleared.
+    pub fn fetch(&self, out: &mut Vec<u64>, clear: bool) -> bool {
+        if out.try_reserve(self.words.len()).is_err() {
+            return false;
+        }
+        out.extend(self.words.iter().map(|word| {
+            if clear {
+                word.swap(0, Ordering::AcqRel)
+            } else {
+                word.load(Ordering::Acquire)
+            }
+        }));
+        true
+    }
+
+    /// Clears the bits that are set in `bitmap`, whose bit 0 stands for page `first`
+    /// (KVM_CLEAR_DIRTY_LOG; `first` is a multiple of 64). Pages past `count` are left alone.
+    pub fn clear(&self, first: u64, count: u64, bitmap: &[u64]) {
+        let start = (first / 64) as usize;
+        for (i, &mask) in bitmap.iter().enumerate() {
+            let done = i as u64 * 64;
+            if done >= count {
+                break;
+            }
+            let mask = match count - done {
+                n @ 0..64 => mask & ((1 << n) - 1),
+                _ => mask,
+            };
+            if let Some(word) = self.words.get(start + i) {
+                word.fetch_and(!mask, Ordering::AcqRel);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::vec;
+
+    #[test]
+    fn mark_fetch_clear() {
+        let log = DirtyLog::new(130, false).unwrap();
+        log.mark(0);
+        log.mark(129);
+        log.mark(500);
+        log.mark_range(4096 * 3 + 4000, 200);
+        let mut out = Vec::new();
+        assert!(log.fetch(&mut out, true));
+        assert_eq!(out, vec![0b11001, 0, 2]);
+        out.clear();
+        assert!(log.fetch(&mut out, true));
+        assert_eq!(out, vec![0, 0, 0]);
+    }
+
+    #[test]
+    fn initially_set_covers_only_the_slot() {
+        let log = DirtyLog::new(65, true).unwrap();
+        let mut out = Vec::new();
+        log.fetch(&mut out, false);
+        assert_eq!(out, vec![u64::MAX, 1]);
+        log.clear(0, 3, &[u64::MAX]);
+        out.clear();
+        log.fetch(&mut out, false);
+        assert_eq!(out, vec![u64::MAX << 3, 1]);
+        let log = DirtyLog::new(64, true).unwrap();
+        out.clear();
+        log.fetch(&mut out, false);
+        assert_eq!(out, vec![u64::MAX]);
+    }
+}
