@@ -1,0 +1,145 @@
+//! Capabilities: what KVM_CHECK_EXTENSION answers.
+
+/// KVM_CAP_* numbers, as far as they are answered with anything but 0.
+pub mod nr {
+    pub const IRQCHIP: u32 = 0;
+    pub const HLT: u32 = 1;
+    pub const USER_MEMORY: u32 = 3;
+    pub const SET_TSS_ADDR: u32 = 4;
+    pub const EXT_CPUID: u32 = 7;
+    pub const CLOCKSOURCE: u32 = 8;
+    pub const NR_VCPUS: u32 = 9;
+    pub const NR_MEMSLOTS: u32 = 10;
+    pub const NOP_IO_DELAY: u32 = 12;
+    pub const MP_STATE: u32 = 14;
+    pub const COALESCED_MMIO: u32 = 15;
+    pub const SYNC_MMU: u32 = 16;
+    pub const DESTROY_MEMORY_REGION_WORKS: u32 = 21;
+    pub const USER_NMI: u32 = 22;
+    pub const SET_GUEST_DEBUG: u32 = 23;
+    pub const REINJECT_CONTROL: u32 = 24;
+    pub const IRQ_ROUTING: u32 = 25;
+    pub const IRQ_INJECT_STATUS: u32 = 26;
+    pub const MCE: u32 = 31;
+    pub const IRQFD: u32 = 32;
+    pub const PIT2: u32 = 33;
+    pub const PIT_STATE2: u32 = 35;
+    pub const IOEVENTFD: u32 = 36;
+    pub const SET_IDENTITY_MAP_ADDR: u32 = 37;
+    pub const ADJUST_CLOCK: u32 = 39;
+    pub const INTERNAL_ERROR_DATA: u32 = 40;
+    pub const VCPU_EVENTS: u32 = 41;
+    pub const DEBUGREGS: u32 = 50;
+    pub const X86_ROBUST_SINGLESTEP: u32 = 51;
+    pub const XSAVE: u32 = 55;
+    pub const XCRS: u32 = 56;
+    pub const TSC_CONTROL: u32 = 60;
+    pub const GET_TSC_KHZ: u32 = 61;
+    pub const MAX_VCPUS: u32 = 66;
+    pub const TSC_DEADLINE_TIMER: u32 = 72;
+    pub const SIGNAL_MSI: u32 = 77;
+    pub const READONLY_MEM: u32 = 81;
+    pub const IRQFD_RESAMPLE: u32 = 82;
+    pub const EXT_EMUL_CPUID: u32 = 95;
+    pub const IOAPIC_POLARITY_IGNORED: u32 = 97;
+    pub const CHECK_EXTENSION_VM: u32 = 105;
+    pub const IOEVENTFD_NO_LENGTH: u32 = 111;
+    pub const IOEVENTFD_ANY_LENGTH: u32 = 122;
+    pub const MAX_VCPU_ID: u32 = 128;
+    pub const X2APIC_API: u32 = 129;
+    pub const IMMEDIATE_EXIT: u32 = 136;
+    pub const COALESCED_PIO: u32 = 162;
+    pub const EXCEPTION_PAYLOAD: u32 = 164;
+    pub const MANUAL_DIRTY_LOG_PROTECT2: u32 = 168;
+    pub const SET_GUEST_DEBUG2: u32 = 195;
+    pub const SREGS2: u32 = 200;
+    pub const XSAVE2: u32 = 208;
+}
+
+/// Most vCPUs of a VM.
+pub const MAX_VCPUS: u32 = 255;
+/// Highest vCPU id plus one; ids are xAPIC ids.
+pub const MAX_VCPU_ID: u32 = 255;
+
+/// The value of capability `cap`; 0 for what is not served.
+pub const fn value(cap: u32) -> i32 {
+    match cap {
+        nr::NR_VCPUS => 16,
+        nr::MAX_VCPUS => MAX_VCPUS as i32,
+        nr::MAX_VCPU_ID => MAX_VCPU_ID as i32,
+        nr::NR_MEMSLOTS => 32764,
+        nr::XSAVE2 => 4096,
+        nr::ADJUST_CLOCK => (super::clock::TSC_STABLE) as i32,
+        nr::MANUAL_DIRTY_LOG_PROTECT2 => 3,
+        nr::IRQCHIP
+        | nr::HLT
+        | nr::USER_MEMORY
+        | nr::SET_TSS_ADDR
+        | nr::EXT_CPUID
+        | nr::CLOCKSOURCE
+        | nr::NOP_IO_DELAY
+        | nr::MP_STATE
+        | nr::SYNC_MMU
+        | nr::DESTROY_MEMORY_REGION_WORKS
+        | nr::USER_NMI
+        | nr::REINJECT_CONTROL
+        | nr::IRQ_ROUTING
+        | nr::IRQ_INJECT_STATUS
+        | nr::IRQFD
+        | nr::PIT2
+        | nr::PIT_STATE2
+        | nr::IOEVENTFD
+        | nr::SET_IDENTITY_MAP_ADDR
+        | nr::INTERNAL_ERROR_DATA
+        | nr::VCPU_EVENTS
+        | nr::DEBUGREGS
+        | nr::XSAVE
+        | nr::XCRS
+        | nr::GET_TSC_KHZ
+        | nr::TSC_DEADLINE_TIMER
+        | nr::SIGNAL_MSI
+        | nr::READONLY_MEM
+        | nr::IRQFD_RESAMPLE
+        | nr::IOAPIC_POLARITY_IGNORED
+        | nr::CHECK_EXTENSION_VM
+        | nr::IOEVENTFD_NO_LENGTH
+        | nr::IOEVENTFD_ANY_LENGTH
+        | nr::IMMEDIATE_EXIT => 1,
+        _ => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::nr;
+
+    #[test]
+    fn numbers_are_the_kernels() {
+        assert_eq!(nr::MP_STATE, kvm_bindings::KVM_CAP_MP_STATE);
+        assert_eq!(nr::USER_NMI, kvm_bindings::KVM_CAP_USER_NMI);
+        assert_eq!(nr::IRQFD, kvm_bindings::KVM_CAP_IRQFD);
+        assert_eq!(nr::PIT2, kvm_bindings::KVM_CAP_PIT2);
+        assert_eq!(nr::IOEVENTFD, kvm_bindings::KVM_CAP_IOEVENTFD);
+        assert_eq!(nr::VCPU_EVENTS, kvm_bindings::KVM_CAP_VCPU_EVENTS);
+        assert_eq!(nr::XCRS, kvm_bindings::KVM_CAP_XCRS);
+        assert_eq!(
+            nr::TSC_DEADLINE_TIMER,
+            kvm_bindings::KVM_CAP_TSC_DEADLINE_TIMER
+        );
+        assert_eq!(nr::SIGNAL_MSI, kvm_bindings::KVM_CAP_SIGNAL_MSI);
+        assert_eq!(nr::IRQFD_RESAMPLE, kvm_bindings::KVM_CAP_IRQFD_RESAMPLE);
+        assert_eq!(
+            nr::IOEVENTFD_ANY_LENGTH,
+            kvm_bindings::KVM_CAP_IOEVENTFD_ANY_LENGTH
+        );
+        assert_eq!(nr::IMMEDIATE_EXIT, kvm_bindings::KVM_CAP_IMMEDIATE_EXIT);
+        assert_eq!(nr::MAX_VCPU_ID, kvm_bindings::KVM_CAP_MAX_VCPU_ID);
+        assert_eq!(nr::XSAVE2, kvm_bindings::KVM_CAP_XSAVE2);
+        assert_eq!(nr::SREGS2, kvm_bindings::KVM_CAP_SREGS2);
+        assert_eq!(
+            nr::MANUAL_DIRTY_LOG_PROTECT2,
+            kvm_bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
+        );
+        assert_eq!(nr::READONLY_MEM, kvm_bindings::KVM_CAP_READONLY_MEM);
+    }
+}
