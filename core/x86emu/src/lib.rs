@@ -15,5 +15,6 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod encoding;
 pub mod env;
 pub mod state;
