@@ -1,2 +1,3 @@
-//! Entry point.
+//! The `anykvm` command.
+
 fn main() {}

@@ -1,0 +1,10 @@
+//! The `anykvm` command: its options, the default guest, the terminal, and what `check` finds out.
+//! The virtual machine itself is the crate `vmm`.
+
+pub mod cli;
+pub mod error;
+pub mod guest;
+pub mod options;
+pub mod progress;
+
+pub use error::Error;
