@@ -2,9 +2,12 @@
 //! The virtual machine itself is the crate `vmm`.
 
 pub mod cli;
+pub mod disk;
 pub mod error;
 pub mod guest;
 pub mod options;
 pub mod progress;
+pub mod scratch;
+pub mod terminal;
 
 pub use error::Error;

@@ -126,10 +126,11 @@ impl Cache {
     pub fn guest(&self, progress: &Progress) -> Result<Guest, Error> {
         let shared = self.lock(FlockArg::LockShared, progress)?;
         match self.ready(shared) {
-            Ok(guest) => Ok(guest),
-            // The shared lock is gone by now, or this process would wait for itself.
-            Err(_) => self.prepare(false, progress),
+            Ok(guest) => return Ok(guest),
+            // Or this process would wait for itself.
+            Err(shared) => drop(shared),
         }
+        self.prepare(false, progress)
     }
 
     /// Makes the guest ready and fetches what is missing; with `refresh`, asks the archive for
