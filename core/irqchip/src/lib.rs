@@ -33,8 +33,8 @@
 //!   [`Effect`]: an IPI to send, an EOI, a timer to re-arm ([`Lapic::next_deadline`]), and so on.
 //! * **An EOI** ([`Effect::Eoi`]): for each pin of [`Ioapic::pins_with_vector`], notify that pin's
 //!   GSI ([`RoutingTable::gsi_of`]: irqfd resampling, [`Pit::ack`]) and then call
-//!   [`Ioapic::eoi_pin`]; it may return a message, because a level line still asserted is sent
-//!   again. [`Ioapic::eoi`] does it all when nobody listens. Likewise the PIC: after each port
+//!   [`Ioapic::eoi_pin`] if [`EndOfInterrupt::broadcast`]; it may return a message, because a
+//!   level line still asserted is sent again. [`Ioapic::eoi`] does it all when nobody listens. Likewise the PIC: after each port
 //!   write, or [`Pic::ack`], [`Pic::take_acked`] is the mask of lines just acknowledged.
 //! * **The PIT:** arm a timer at [`Pit::next_irq_deadline_ns`]; when it fires, [`Pit::expire`]
 //!   tells how many pulses (level 1, then 0) to give the GSI; [`Pit::ack`] may ask for one more.

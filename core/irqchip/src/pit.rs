@@ -73,10 +73,16 @@ pub struct Pit {
     acked: bool,
 }
 
+impl Default for Pit {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Pit {
-    /// The reset state at `now_ns`: every counter loaded with 65536 and in no mode yet; ticks
-    /// are re-injected, as `KVM_CREATE_PIT2` has it.
-    pub fn new(_now_ns: u64) -> Self {
+    /// The reset state: every counter loaded with 65536 and in no mode yet; ticks are re-injected,
+    /// as `KVM_CREATE_PIT2` has it.
+    pub fn new() -> Self {
         Self {
             channels: [Channel::new(true), Channel::new(true), Channel::new(false)],
             flags: 0,

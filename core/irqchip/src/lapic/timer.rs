@@ -130,11 +130,15 @@ impl Lapic {
         if period == 0 {
             return;
         }
-        let first = current
-            .map(|count| self.counts_to_ns(count))
-            .filter(|ns| *ns != 0);
+        let first = match current {
+            None => period,
+            Some(0) if self.timer.mode == Mode::Periodic => period,
+            // A one-shot that had run out fires at once: whether its interrupt was still to be
+            // latched when the state was saved is not in the state.
+            Some(count) => self.counts_to_ns(count).min(period),
+        };
         self.timer.period_ns = period;
-        self.timer.target_ns = Some(now.ns.saturating_add(first.unwrap_or(period).min(period)));
+        self.timer.target_ns = Some(now.ns.saturating_add(first));
     }
 
     /// A write of the divide configuration rescales what is left of the current run.
@@ -149,9 +153,7 @@ impl Lapic {
             return;
         }
         self.timer.period_ns = self.period_of(self.reg(TIMER_INITIAL));
-        let left = target
-            .saturating_sub(now.ns)
-            .min(self.timer.period_ns.max(target));
+        let left = target.saturating_sub(now.ns);
         let left = (left / old)
             .saturating_mul(new)
             .saturating_add(left % old * new / old);
