@@ -54,6 +54,8 @@ mod message;
 pub mod pic;
 pub mod pit;
 mod routing;
+#[cfg(test)]
+mod tests;
 
 pub use delivery::{
     DeliveryPolicy, Destination, LowestPriority, X2APIC_BROADCAST, XAPIC_BROADCAST, for_each_target,
