@@ -60,21 +60,17 @@ struct Manifest {
     initramfs: Cached,
 }
 
-/// The default guest, ready to boot.
-///
-/// While the value lives, no other process takes its files out of the cache.
-#[derive(Debug)]
+/// The default guest, ready to boot: checked and in memory.
+#[derive(Debug, Clone)]
 pub struct Guest {
-    /// The kernel, a bzImage, already checked.
-    pub kernel: PathBuf,
+    /// The kernel, a bzImage.
+    pub kernel: Vec<u8>,
     /// The part of the initial file system that is the same for every start.
     pub initramfs: Vec<u8>,
     /// E.g. "linux-image-6.1.0-56-cloud-amd64 6.1.192-2".
     pub kernel_package: String,
     /// E.g. "busybox-static 1:1.35.0-4".
     pub userland_package: String,
-    /// A shared lock on the cache.
-    _lock: Flock<File>,
 }
 
 /// The cache directory.
@@ -124,11 +120,11 @@ impl Cache {
     /// # Errors
     /// If it has to be fetched and cannot be, or the cache cannot be written.
     pub fn guest(&self, progress: &Progress) -> Result<Guest, Error> {
-        let shared = self.lock(FlockArg::LockShared, progress)?;
-        match self.ready(shared) {
-            Ok(guest) => return Ok(guest),
-            // Or this process would wait for itself.
-            Err(shared) => drop(shared),
+        {
+            let _shared = self.lock(FlockArg::LockShared, progress)?;
+            if let Some(guest) = self.ready() {
+                return Ok(guest);
+            }
         }
         self.prepare(false, progress)
     }
@@ -139,13 +135,10 @@ impl Cache {
     /// # Errors
     /// As [`Cache::guest`].
     pub fn prepare(&self, refresh: bool, progress: &Progress) -> Result<Guest, Error> {
-        let mut lock = self.lock(FlockArg::LockExclusive, progress)?;
+        let _exclusive = self.lock(FlockArg::LockExclusive, progress)?;
         // Another process may have prepared it while this one waited.
-        if !refresh {
-            match self.ready(lock) {
-                Ok(guest) => return Ok(guest),
-                Err(kept) => lock = kept,
-            }
+        if !refresh && let Some(guest) = self.ready() {
+            return Ok(guest);
         }
         let sources = match self.sources_in_store().filter(|_| !refresh) {
             Some(sources) => sources,
@@ -158,9 +151,7 @@ impl Cache {
         self.write(&self.manifest_path(), &text)?;
         self.remove_unused(&manifest);
         progress.done();
-        lock.relock(FlockArg::LockShared)
-            .map_err(|e| Error::new(format!("cannot share the lock of the cache: {}", e.desc())))?;
-        self.load(&manifest, lock).map_err(|(e, _)| e)
+        self.load(&manifest)
     }
 
     fn manifest_path(&self) -> PathBuf {
@@ -197,19 +188,15 @@ impl Cache {
     }
 
     /// The guest of the manifest, if all of it is there, whole, and of this version's recipe.
-    /// Else gives the lock back.
-    fn ready(&self, lock: Flock<File>) -> Result<Guest, Flock<File>> {
-        let Some(manifest) = self.manifest() else {
-            return Err(lock);
-        };
+    fn ready(&self) -> Option<Guest> {
+        let manifest = self.manifest()?;
         if manifest.recipe != recipe() {
             log::info!("the cached guest was made by another version of anykvm");
-            return Err(lock);
+            return None;
         }
-        self.load(&manifest, lock).map_err(|(e, lock)| {
-            log::warn!("the cached guest is damaged and will be made anew: {e}");
-            lock
-        })
+        self.load(&manifest)
+            .inspect_err(|e| log::warn!("the cached guest is damaged and will be made anew: {e}"))
+            .ok()
     }
 
     fn manifest(&self) -> Option<Manifest> {
@@ -229,21 +216,13 @@ impl Cache {
             .then_some(sources)
     }
 
-    fn load(&self, manifest: &Manifest, lock: Flock<File>) -> Result<Guest, (Error, Flock<File>)> {
-        let checked = self
-            .read_checked(&manifest.kernel)
-            .and_then(|_| self.read_checked(&manifest.initramfs));
-        let initramfs = match checked {
-            Ok(content) => content,
-            Err(e) => return Err((e, lock)),
-        };
+    fn load(&self, manifest: &Manifest) -> Result<Guest, Error> {
         let named = |s: &Source| format!("{} {}", s.package, s.version);
         Ok(Guest {
-            kernel: self.stored(&manifest.kernel),
-            initramfs,
+            kernel: self.read_checked(&manifest.kernel)?,
+            initramfs: self.read_checked(&manifest.initramfs)?,
             kernel_package: named(&manifest.kernel_source),
             userland_package: named(&manifest.userland_source),
-            _lock: lock,
         })
     }
 

@@ -21,8 +21,7 @@ fn filled(directory: &Path) -> (Cache, Manifest) {
 }
 
 fn is_ready(cache: &Cache) -> bool {
-    let lock = cache.lock(FlockArg::LockShared, &Progress::new()).unwrap();
-    cache.ready(lock).is_ok()
+    cache.ready().is_some()
 }
 
 #[test]
@@ -31,7 +30,7 @@ fn a_whole_cache_is_used_without_a_network() {
     let (cache, _) = filled(directory.path());
     let guest = cache.guest(&Progress::new()).unwrap();
     assert_eq!(guest.initramfs, b"archive");
-    assert_eq!(fs::read(&guest.kernel).unwrap(), b"kernel");
+    assert_eq!(guest.kernel, b"kernel");
     assert_eq!(guest.kernel_package, "kernel.deb 1");
 }
 
