@@ -1,5 +1,6 @@
 //! What the interpreter needs from whoever embeds it.
 
+use crate::paging::{self, Access, Mapping};
 use crate::state::{CpuState, XsaveArea};
 
 /// An exception raised by an instruction, before delivery.
@@ -214,6 +215,17 @@ pub trait Env: PhysMem + HostCpu {
     fn cr8(&mut self) -> u64;
     /// Writes CR8.
     fn set_cr8(&mut self, value: u64);
+    /// Translates a linear address for `access`; the error is the #PF to raise. Environments with a
+    /// translation cache look there first.
+    fn translate(&mut self, cpu: &CpuState, gva: u64, access: Access) -> Result<Mapping, Stop> {
+        let features = *self.features();
+        paging::walk(cpu, &features, self, gva, access).map_err(Stop::Exception)
+    }
+    /// Whether guest debugging (KVM_GUESTDBG) takes this #DB or #BP: then it is not delivered and
+    /// the vCPU leaves with [`Exit::Debug`], RIP still at the instruction for #BP.
+    fn intercepts(&mut self, _cpu: &CpuState, _exception: &Exception) -> bool {
+        false
+    }
     /// Drops cached translations.
     fn flush(&mut self, what: Flush);
     /// VMCALL or VMMCALL: KVM's hypercalls. Advancing RIP is the interpreter's.

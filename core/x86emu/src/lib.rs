@@ -15,6 +15,17 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod bits;
+pub mod control;
 pub mod encoding;
 pub mod env;
+pub mod event;
+pub mod interp;
+pub mod mem;
+pub mod paging;
+pub mod segment;
+mod stack;
 pub mod state;
+pub mod system;
+pub mod task;
+pub mod transfer;
