@@ -119,7 +119,10 @@ where
                 }
             }
     };
-    if !message.is_lowest_priority() {
+    // The SDM leaves a physical broadcast with lowest priority undefined; KVM makes it fixed.
+    let physical_broadcast =
+        message.dest_mode == DestMode::Physical && message.dest == XAPIC_BROADCAST;
+    if !message.is_lowest_priority() || physical_broadcast && !message.redirect_hint {
         let mut count = 0;
         for (key, apic) in apics {
             if matches(key, &apic) {

@@ -132,10 +132,11 @@ impl Ioapic {
         let was_high = self.irr & bit != 0;
         self.irr |= bit;
         if self.entry(pin) & LEVEL_TRIGGERED == 0 {
+            // Raised again while high: an edge is owed to whoever restores this state.
+            self.delivered &= !bit;
             if was_high {
                 return PinOutcome::Coalesced;
             }
-            self.delivered &= !bit;
         }
         match self.service(pin) {
             Some(message) => PinOutcome::Send(message),

@@ -39,10 +39,15 @@
 //! * **The PIT:** arm a timer at [`Pit::next_irq_deadline_ns`]; when it fires, [`Pit::expire`]
 //!   tells how many pulses (level 1, then 0) to give the GSI; [`Pit::ack`] may ask for one more.
 //!
-//! Differences from Linux KVM, all on the side of the data sheets: illegal vectors set the local
-//! APIC's error status, x2APIC writes fault on reserved bits of TPR, EOI, SVR and the divide
-//! configuration, the 8259 has a special mask mode and clears its in-service bits on ICW1, and the
-//! 8254 counts in BCD when asked to. The RTC's coalescing tracker is not modelled.
+//! # Differences from Linux KVM
+//!
+//! All on the side of the data sheets: illegal vectors set the local APIC's error status; x2APIC
+//! writes fault on the reserved bits of TPR, EOI, SVR and the divide configuration; a
+//! lowest-priority interrupt goes to a vCPU that exists and is enabled even where KVM's vector hash
+//! would pick none and drop it; the 8259 has a special mask mode, clears its in-service bits on
+//! ICW1, and sets one on a poll; the 8254 counts in BCD when asked to, and its gate stops it. The
+//! RTC's coalescing tracker is not modelled. `tests/against_kvm.rs` compares the rest with a real
+//! `/dev/kvm`.
 extern crate alloc;
 #[cfg(test)]
 extern crate std;

@@ -1,5 +1,5 @@
 use super::*;
-use crate::{DeliveryPolicy, LowestPriority, for_each_target};
+use crate::{DeliveryPolicy, DestMode, LowestPriority, for_each_target};
 use std::vec::Vec;
 
 const T0: Now = Now {
@@ -321,6 +321,12 @@ fn lowest_priority_picks_one() {
     let mut apics: Vec<_> = (0..3).map(xapic).collect();
     let mut message = ipi(write(&mut apics[0], ICR, 0x4130));
     message.dest = 0xff;
+    assert_eq!(
+        targets(&message, None, &apics),
+        [0, 1, 2],
+        "a physical broadcast is fixed"
+    );
+    message.dest_mode = DestMode::Logical;
     for vector in 0x30..0x36 {
         message.vector = vector;
         assert_eq!(targets(&message, None, &apics), [usize::from(vector % 3)]);
@@ -340,6 +346,7 @@ fn lowest_priority_picks_one() {
         assert_eq!(targets_by(policy, &message, None, &apics), [expected]);
         apics[expected].accept_message(&message);
     }
+    message.dest_mode = DestMode::Physical;
     message.dest = 7;
     assert!(targets(&message, None, &apics).is_empty());
 }
