@@ -29,3 +29,6 @@ pub mod state;
 pub mod system;
 pub mod task;
 pub mod transfer;
+
+#[cfg(test)]
+mod tests;

@@ -17,9 +17,14 @@ pub struct Access {
     pub data: Vec<u8>,
 }
 
+/// Guest pages are page-aligned on the host, so that alignment faults come from the host itself.
+#[repr(C, align(4096))]
+#[derive(Clone)]
+struct Page([u8; 4096]);
+
 /// RAM from guest-physical address 0, and the rest of the machine as plain fields.
 pub struct Fake {
-    ram: Vec<u64>,
+    ram: Vec<Page>,
     /// RAM that refuses writes.
     pub rom: Range<u64>,
     pub features: Features,
@@ -34,6 +39,8 @@ pub struct Fake {
     pub retired: usize,
     pub hypercalls: usize,
     pub intercept: bool,
+    /// This many device accesses first need user space.
+    pub not_yet: usize,
     /// Executes instructions on the host; without it every one is #UD.
     pub native: Option<Box<dyn HostCpu>>,
 }
@@ -41,7 +48,7 @@ pub struct Fake {
 impl Fake {
     pub fn new(bytes: usize) -> Self {
         Fake {
-            ram: vec![0; bytes.div_ceil(8)],
+            ram: vec![Page([0; 4096]); bytes.div_ceil(4096)],
             rom: 0..0,
             features: Features {
                 cr4_allowed: 0x1_ffff_ffff,
@@ -67,12 +74,21 @@ impl Fake {
             retired: 0,
             hypercalls: 0,
             intercept: false,
+            not_yet: 0,
             native: None,
         }
     }
 
+    fn ready(&mut self) -> Result<(), Stop> {
+        if self.not_yet > 0 {
+            self.not_yet -= 1;
+            return Err(Stop::Exit(Exit::UserSpace));
+        }
+        Ok(())
+    }
+
     fn bytes(&mut self) -> &mut [u8] {
-        let len = self.ram.len() * 8;
+        let len = self.ram.len() * 4096;
         // SAFETY: the vector's own memory, viewed as bytes.
         unsafe { std::slice::from_raw_parts_mut(self.ram.as_mut_ptr().cast(), len) }
     }
@@ -110,7 +126,7 @@ impl Fake {
 impl PhysMem for Fake {
     fn host_ptr(&mut self, gpa: u64, len: usize, write: bool) -> Option<*mut u8> {
         let end = gpa.checked_add(len as u64)?;
-        if end > self.ram.len() as u64 * 8 || write && self.rom.contains(&gpa) {
+        if end > self.ram.len() as u64 * 4096 || write && self.rom.contains(&gpa) {
             return None;
         }
         assert!(
@@ -142,6 +158,7 @@ impl HostCpu for Fake {
 
 impl Env for Fake {
     fn mmio_read(&mut self, gpa: u64, data: &mut [u8]) -> Result<(), Stop> {
+        self.ready()?;
         data.fill(self.device_byte);
         self.mmio.push(Access {
             address: gpa,
@@ -151,6 +168,7 @@ impl Env for Fake {
         Ok(())
     }
     fn mmio_write(&mut self, gpa: u64, data: &[u8]) -> Result<(), Stop> {
+        self.ready()?;
         self.mmio.push(Access {
             address: gpa,
             write: true,
@@ -159,6 +177,7 @@ impl Env for Fake {
         Ok(())
     }
     fn io_in(&mut self, port: u16, data: &mut [u8]) -> Result<(), Stop> {
+        self.ready()?;
         data.fill(self.device_byte);
         self.ports.push(Access {
             address: u64::from(port),
@@ -168,6 +187,7 @@ impl Env for Fake {
         Ok(())
     }
     fn io_out(&mut self, port: u16, data: &[u8]) -> Result<(), Stop> {
+        self.ready()?;
         self.ports.push(Access {
             address: u64::from(port),
             write: true,

@@ -1,0 +1,130 @@
+//! Memory accesses under a mask: which elements an AVX or AVX-512 instruction really touches, and
+//! the byte-masked stores MASKMOVQ and MASKMOVDQU.
+
+use super::address::{segment_index, size_mask};
+use super::{Flow, Step, vector};
+use crate::env::{Env, Stop};
+use crate::state::{CodeSize, gpr};
+use iced_x86::{Mnemonic, OpKind, Register};
+
+/// Compress stores and expand loads access the selected elements packed together.
+fn packed(m: Mnemonic) -> bool {
+    matches!(
+        m,
+        Mnemonic::Vcompressps
+            | Mnemonic::Vcompresspd
+            | Mnemonic::Vpcompressb
+            | Mnemonic::Vpcompressw
+            | Mnemonic::Vpcompressd
+            | Mnemonic::Vpcompressq
+            | Mnemonic::Vexpandps
+            | Mnemonic::Vexpandpd
+            | Mnemonic::Vpexpandb
+            | Mnemonic::Vpexpandw
+            | Mnemonic::Vpexpandd
+            | Mnemonic::Vpexpandq
+    )
+}
+
+impl<E: Env + ?Sized> Step<'_, E> {
+    /// Element size in bytes of the memory operand and the bit mask of elements accessed.
+    pub(super) fn selected_elements(&self, size: usize) -> (usize, u64) {
+        let insn = self.insn;
+        let area = &self.cpu.xsave;
+        let element = if insn.is_broadcast() {
+            size
+        } else {
+            insn.memory_size().element_size().clamp(1, size.max(1))
+        };
+        let count = (size / element).clamp(1, 64) as u32;
+        let all = u64::MAX >> (64 - count);
+        if insn.op_mask() == Register::None {
+            // VMASKMOV: the sign bits of the vector in VEX.vvvv.
+            let mask = match (insn.op0_kind(), insn.op1_register(), insn.op2_kind()) {
+                (OpKind::Memory, mask, _) | (_, mask, OpKind::Memory) => mask,
+                _ => return (element, all),
+            };
+            let value = vector::zmm(area, mask.number());
+            let selected = (0..count as usize)
+                .filter(|n| value[n * element + element - 1] & 0x80 != 0)
+                .fold(0, |bits, n| bits | 1 << n);
+            return (element, selected);
+        }
+        let mask = vector::opmask(area, insn.op_mask().number());
+        if insn.is_broadcast() {
+            // Which elements of the vector there are decides whether the one access happens.
+            let lanes = (insn.op0_register().size() / size.max(1)).clamp(1, 64) as u32;
+            let lanes = if insn.op0_register().is_k() {
+                64
+            } else {
+                lanes
+            };
+            let any = mask & (u64::MAX >> (64 - lanes)) != 0;
+            return (element, u64::from(any));
+        }
+        if packed(insn.mnemonic()) {
+            let n = (mask & all).count_ones();
+            return (element, if n == 0 { 0 } else { u64::MAX >> (64 - n) });
+        }
+        (element, mask & all)
+    }
+
+    /// MASKMOVQ, MASKMOVDQU, VMASKMOVDQU: bytes to [rDI] where the mask's bytes have their top bit.
+    pub(super) fn maskmov(&mut self) -> Result<Flow, Stop> {
+        let insn = self.insn;
+        let width = match insn.op0_kind() {
+            OpKind::MemorySegDI => 2,
+            OpKind::MemorySegEDI => 4,
+            _ => 8,
+        };
+        let area = &self.cpu.xsave;
+        let (data, mask, len) = if insn.mnemonic() == Mnemonic::Maskmovq {
+            let (mut data, mut mask) = ([0; 64], [0; 64]);
+            let of = |r: Register| vector::mmx(area, r.number()).to_le_bytes();
+            data[..8].copy_from_slice(&of(insn.op1_register()));
+            mask[..8].copy_from_slice(&of(insn.op2_register()));
+            (data, mask, 8)
+        } else {
+            let data = vector::zmm(area, insn.op1_register().number());
+            let mask = vector::zmm(area, insn.op2_register().number());
+            (data, mask, 16)
+        };
+        let seg = segment_index(insn.memory_segment());
+        let start = self.sized(gpr::RDI, width);
+        let at = |n: usize| start.wrapping_add(n as u64) & size_mask(width);
+        let chosen = |n: &usize| mask[*n] & 0x80 != 0;
+        // All bytes must be writable before the first is written.
+        for n in (0..len).filter(chosen) {
+            let address = self.address(seg, at(n), 1, true)?;
+            self.probe_write(address, 1)?;
+        }
+        for n in (0..len).filter(chosen) {
+            let address = self.address(seg, at(n), 1, true)?;
+            self.write_at(address, &data[n..=n])?;
+        }
+        if insn.mnemonic() == Mnemonic::Maskmovq {
+            self.enter_mmx();
+        }
+        Ok(Flow::Next)
+    }
+
+    /// What every MMX instruction does to the x87 state: TOP = 0, all registers valid.
+    fn enter_mmx(&mut self) {
+        let bytes = vector::live_mut(&mut self.cpu.xsave, vector::component::X87);
+        let top = usize::from(bytes[3] >> 3 & 7);
+        bytes[3] &= !0x38;
+        bytes[4] = 0xff;
+        // The area orders the registers by stack position, which has just changed.
+        let mut old = [0; 128];
+        old.copy_from_slice(&bytes[32..160]);
+        for n in 0..8usize {
+            let from = 16 * (n.wrapping_sub(top) & 7);
+            bytes[32 + 16 * n..48 + 16 * n].copy_from_slice(&old[from..from + 16]);
+        }
+    }
+
+    /// 64-bit mode.
+    pub(super) fn long(&self) -> bool {
+        self.mode == CodeSize::Bits64
+    }
+}
