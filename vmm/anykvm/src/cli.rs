@@ -97,7 +97,7 @@ pub struct RunArgs {
     pub append: String,
 
     /// Number of virtual CPUs
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value = "1", value_parser = cpus)]
     pub cpus: u32,
 
     /// Memory of the guest: a number with M or G (without a letter: MiB)
@@ -129,6 +129,15 @@ pub struct RunArgs {
     pub command: Vec<OsString>,
 }
 
+/// A number that may be too large for a machine but is one: what is too large is said with the
+/// machine's limit.
+fn cpus(text: &str) -> Result<u32, String> {
+    match text.parse::<u64>() {
+        Ok(number) => Ok(u32::try_from(number).unwrap_or(u32::MAX)),
+        Err(_) => Err("write a number, e.g. 2".into()),
+    }
+}
+
 /// `anykvm check`.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "\
@@ -151,6 +160,10 @@ pub struct FetchArgs {
     /// Ask the archive for newer versions even if a guest is already there
     #[arg(long)]
     pub refresh: bool,
+
+    /// Also write the guest's vmlinuz, initrd and cmdline to DIR, to boot it with another program
+    #[arg(long, value_name = "DIR")]
+    pub export: Option<PathBuf>,
 }
 
 /// `--engine`.

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use anykvm::check::{Report, facts::Facts};
-use anykvm::cli::{Cli, Command};
+use anykvm::cli::{Cli, Command, FetchArgs};
 use anykvm::error::{EXIT_FAILED, EXIT_USAGE};
 use anykvm::guest::Cache;
 use anykvm::progress::Progress;
@@ -38,7 +38,7 @@ fn real_main() -> Result<u8, Error> {
     match cli.command {
         Command::Run(args) => run::run(&args),
         Command::Check(args) => check(args.json),
-        Command::Fetch(args) => fetch(args.refresh),
+        Command::Fetch(args) => fetch(&args),
     }
 }
 
@@ -51,14 +51,30 @@ fn usage(error: &clap::Error) -> Result<u8, Error> {
             let text = error.render().to_string();
             // The usage and the "try --help" follow an empty line; hints may be in between.
             let what = text.split("\n\nUsage:").next().unwrap_or(&text);
-            let what = what.split("\n\nFor more information").next().unwrap_or(what);
+            let what = what
+                .split("\n\nFor more information")
+                .next()
+                .unwrap_or(what);
             let what = what.strip_prefix("error: ").unwrap_or(what);
-            return Err(Error::usage(what.replace("\n\n", "; ")).hint("see 'anykvm --help'"));
+            return Err(Error::usage(what.replace("\n\n", "; ")).hint(usage_hint(error)));
         }
     };
     // The reader may have gone (`anykvm --help | head -1`): no reason to complain.
     let _ = error.print();
     Ok(code)
+}
+
+fn usage_hint(error: &clap::Error) -> &'static str {
+    use clap::error::{ContextKind, ContextValue};
+    let stray = matches!(
+        error.get(ContextKind::InvalidArg),
+        Some(ContextValue::String(text)) if !text.starts_with('-')
+    );
+    if error.kind() == ErrorKind::UnknownArgument && stray {
+        "a command for the guest comes after '--', e.g. 'anykvm run -- uname -a'"
+    } else {
+        "see 'anykvm --help'"
+    }
 }
 
 fn start_log(level: log::LevelFilter) {
@@ -86,9 +102,12 @@ fn check(json: bool) -> Result<u8, Error> {
     Ok(if report.can_run { 0 } else { 1 })
 }
 
-fn fetch(refresh: bool) -> Result<u8, Error> {
+fn fetch(args: &FetchArgs) -> Result<u8, Error> {
     let cache = Cache::of_user()?;
-    let guest = cache.prepare(refresh, &Progress::new())?;
+    let guest = cache.prepare(args.refresh, &Progress::new())?;
+    if let Some(directory) = &args.export {
+        run::export(&guest, directory)?;
+    }
     print(&format!(
         "The default guest is ready: {} and {}. 'anykvm run' starts it, offline too.\n",
         guest.kernel_package, guest.userland_package

@@ -101,7 +101,10 @@ impl Memory {
         [cgroup, process]
             .into_iter()
             .flatten()
-            .fold(machine, |least, other| if other.0 < least.0 { other } else { least })
+            .fold(
+                machine,
+                |least, other| if other.0 < least.0 { other } else { least },
+            )
     }
 }
 
@@ -179,7 +182,8 @@ impl DevKvm {
         let problem = match fs::File::options().read(true).write(true).open(path) {
             Ok(_) => None,
             Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Some(
-                "you may not open it; ask the administrator to add you to the group 'kvm'".to_owned(),
+                "you may not open it; ask the administrator to add you to the group 'kvm'"
+                    .to_owned(),
             ),
             Err(e) => Some(reason(&e)),
         };
@@ -280,7 +284,11 @@ mod tests {
         assert_eq!(served_by(&cpu, [false, true, true]), ServedBy::Software);
         cpu.virtualization = Some(Virtualization::Svm);
         assert_eq!(served_by(&cpu, [false, false, true]), ServedBy::Hardware);
-        assert_eq!(served_by(&cpu, [false, false, false]), ServedBy::Hardware, "built in");
+        assert_eq!(
+            served_by(&cpu, [false, false, false]),
+            ServedBy::Hardware,
+            "built in"
+        );
         assert_eq!(served_by(&cpu, [true, false, false]), ServedBy::Software);
     }
 

@@ -68,7 +68,9 @@ fn why_jit(facts: &Facts, served_by: Option<ServedBy>) -> String {
         }
         (None, None) => "this machine has no hardware virtualization",
     };
-    format!("{why}; AnyKVM's own engine translates the guest's code and needs nothing from the machine")
+    format!(
+        "{why}; AnyKVM's own engine translates the guest's code and needs nothing from the machine"
+    )
 }
 
 /// All that `anykvm check` finds out.
@@ -102,7 +104,11 @@ impl Report {
                 size(LEAST_MEMORY)
             ));
         }
-        if facts.memory.max_map_count.is_some_and(|count| count < LEAST_MAP_COUNT) {
+        if facts
+            .memory
+            .max_map_count
+            .is_some_and(|count| count < LEAST_MAP_COUNT)
+        {
             problems.push(format!(
                 "vm.max_map_count is below {LEAST_MAP_COUNT}; 'sysctl vm.max_map_count=65530' as root sets the usual value"
             ));
@@ -122,13 +128,24 @@ impl Report {
 
     /// The report for people.
     pub fn text(&self) -> String {
-        let Facts { cpu, dev_kvm, memory } = &self.facts;
+        let Facts {
+            cpu,
+            dev_kvm,
+            memory,
+        } = &self.facts;
         let mut text = String::new();
         let mut line = |what: &str, finding: &str| {
             let _ = writeln!(text, "{what:<24} {finding}");
         };
-        let guest = if cpu.is_guest { "; this machine is a virtual machine itself" } else { "" };
-        line("Processor", &format!("{}, {} CPUs{guest}", cpu.model, cpu.count));
+        let guest = if cpu.is_guest {
+            "; this machine is a virtual machine itself"
+        } else {
+            ""
+        };
+        line(
+            "Processor",
+            &format!("{}, {} CPUs{guest}", cpu.model, cpu.count),
+        );
         let not_shown = if cpu.is_guest {
             "no: whoever runs this virtual machine does not pass it on"
         } else {
@@ -170,7 +187,11 @@ impl Report {
         let (limit, of_what) = memory.limit();
         line(
             "Memory",
-            &format!("{} available; {} is what {of_what}", size(memory.available), size(limit)),
+            &format!(
+                "{} available; {} is what {of_what}",
+                size(memory.available),
+                size(limit)
+            ),
         );
         if let Some(count) = memory.max_map_count {
             line("vm.max_map_count", &count.to_string());

@@ -27,30 +27,35 @@ impl Reports {
             "ready" => self.ready = true,
             "exit" => self.exit_code = rest.parse().ok().or(self.exit_code),
             "failed" => self.failure = Some(rest.to_owned()),
-            _ => log::warn!("the guest reports something unknown: {}", line.escape_debug()),
+            _ => log::warn!(
+                "the guest reports something unknown: {}",
+                line.escape_debug()
+            ),
         }
     }
 }
 
 /// Reads reports until the channel's other end is closed, and opens the gate at `ready`.
 pub fn start(channel: PipeReader, gate: Arc<Gate>) -> std::io::Result<JoinHandle<Reports>> {
-    std::thread::Builder::new().name("control".into()).spawn(move || {
-        let mut reports = Reports::default();
-        let mut channel = BufReader::new(channel);
-        loop {
-            let mut line = Vec::new();
-            match channel.by_ref().take(MAX_LINE).read_until(b'\n', &mut line) {
-                Ok(0) | Err(_) => return reports,
-                Ok(_) => {}
+    std::thread::Builder::new()
+        .name("control".into())
+        .spawn(move || {
+            let mut reports = Reports::default();
+            let mut channel = BufReader::new(channel);
+            loop {
+                let mut line = Vec::new();
+                match channel.by_ref().take(MAX_LINE).read_until(b'\n', &mut line) {
+                    Ok(0) | Err(_) => return reports,
+                    Ok(_) => {}
+                }
+                let line = String::from_utf8_lossy(&line);
+                log::debug!("the guest reports: {}", line.trim().escape_debug());
+                reports.take(line.trim());
+                if reports.ready {
+                    gate.open();
+                }
             }
-            let line = String::from_utf8_lossy(&line);
-            log::debug!("the guest reports: {}", line.trim().escape_debug());
-            reports.take(line.trim());
-            if reports.ready {
-                gate.open();
-            }
-        }
-    })
+        })
 }
 
 #[cfg(test)]
@@ -62,7 +67,9 @@ mod tests {
     fn reports_are_read_past_nonsense() {
         let (channel, mut guest) = std::io::pipe().unwrap();
         let thread = start(channel, Arc::default()).unwrap();
-        guest.write_all(b"ready\r\n\xff\xfe\nexit 300\nexit 3\n").unwrap();
+        guest
+            .write_all(b"ready\r\n\xff\xfe\nexit 300\nexit 3\n")
+            .unwrap();
         guest.write_all(&[b'x'; 10_000]).unwrap();
         guest.write_all(b"\nfailed no device").unwrap();
         drop(guest);

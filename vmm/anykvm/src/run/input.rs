@@ -34,7 +34,10 @@ impl Gate {
     fn wait(&self) {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         while !*open {
-            open = self.opened.wait(open).unwrap_or_else(PoisonError::into_inner);
+            open = self
+                .opened
+                .wait(open)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 }

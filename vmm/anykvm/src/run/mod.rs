@@ -9,6 +9,7 @@ mod plan;
 use std::ffi::OsString;
 use std::io::{self, IsTerminal};
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::process;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,7 +22,7 @@ use vmm::machine::{Machine, MachineConfig, MachineHandle, Outcome};
 
 use crate::check::{self, facts::Facts};
 use crate::cli::{Console, RunArgs};
-use crate::error::{EXIT_FAILED, Error};
+use crate::error::{EXIT_FAILED, Error, IoContext};
 use crate::guest::initramfs::{Start, Streams};
 use crate::guest::{Cache, Guest};
 use crate::progress::Progress;
@@ -83,11 +84,13 @@ impl End {
             None => process::exit(code),
             Some(handle) => handle.stop(),
         }
-        let _ = std::thread::Builder::new().name("stop".into()).spawn(move || {
-            std::thread::sleep(STOP_TIME);
-            terminal::restore();
-            process::exit(code);
-        });
+        let _ = std::thread::Builder::new()
+            .name("stop".into())
+            .spawn(move || {
+                std::thread::sleep(STOP_TIME);
+                terminal::restore();
+                process::exit(code);
+            });
     }
 
     fn by_user(&self) {
@@ -133,13 +136,19 @@ impl Session {
                 Key::Help => eprint!("\r\n{}", terminal::KEYS),
             }
         };
-        let at_end = if default_guest { AtEnd::CtrlD } else { AtEnd::Silence };
+        let at_end = if default_guest {
+            AtEnd::CtrlD
+        } else {
+            AtEnd::Silence
+        };
         let on_gone = {
             let end = Arc::clone(end);
             move || end.by_user()
         };
         let (console_out, output) = Output::start(io::stdout(), on_gone)?;
-        let raw_mode = (input == Input::Terminal).then(RawMode::start).transpose()?;
+        let raw_mode = (input == Input::Terminal)
+            .then(RawMode::start)
+            .transpose()?;
         let console_in = input::start(input, gate, at_end, on_key)?;
         let _ = on_terminal;
 
@@ -197,15 +206,16 @@ fn exit_code(
     command: bool,
 ) -> Result<u8, Error> {
     if let Some(failure) = &reports.failure {
-        return Err(Error::new(format!("the guest could not start the command: {failure}")));
+        return Err(Error::new(format!(
+            "the guest could not start the command: {failure}"
+        )));
     }
     match (outcome, reports.exit_code) {
         (Outcome::Crashed(crash), _) => {
             for line in crash.registers.lines() {
                 log::info!("{line}");
             }
-            Err(Error::new(crash.to_string())
-                .hint("'--log info' shows the registers"))
+            Err(Error::new(crash.to_string()).hint("'--log info' shows the registers"))
         }
         (Outcome::PowerOff, Some(code)) => Ok(code),
         (Outcome::Stopped, _) => Ok(if command { EXIT_QUIT } else { 0 }),
@@ -244,8 +254,37 @@ fn payload(args: &RunArgs, plan: &plan::Plan, guest: Option<Guest>) -> Payload {
             bytes("the default guest's file system", guest.initramfs),
             bytes("the start's settings", start.archive()),
         ],
-        cmdline: cmdline(args, plan.engine.engine),
+        cmdline: cmdline(&args.append, plan.engine.engine),
     }
+}
+
+/// Writes the default guest as files that other programs can boot: `vmlinuz`, `initrd` (with a
+/// serial console and DHCP) and `cmdline`.
+///
+/// # Errors
+/// If the directory cannot be written.
+pub fn export(guest: &Guest, directory: &Path) -> Result<(), Error> {
+    let start = Start {
+        console: console_device(Console::Serial).to_owned(),
+        network: true,
+        term: term(),
+        ..Start::default()
+    };
+    let initrd = [guest.initramfs.as_slice(), &start.archive()].concat();
+    let cmdline = cmdline("", check::Engine::Kvm) + "\n";
+    std::fs::create_dir_all(directory).doing(format_args!(
+        "cannot make the directory {}",
+        directory.display()
+    ))?;
+    for (name, content) in [
+        ("vmlinuz", guest.kernel.as_slice()),
+        ("initrd", &initrd),
+        ("cmdline", cmdline.as_bytes()),
+    ] {
+        let path = directory.join(name);
+        std::fs::write(&path, content).doing(format_args!("cannot write {}", path.display()))?;
+    }
+    Ok(())
 }
 
 fn console_device(console: Console) -> &'static str {
@@ -256,7 +295,7 @@ fn console_device(console: Console) -> &'static str {
 }
 
 /// The kernel's command line for the default guest.
-fn cmdline(args: &RunArgs, engine: check::Engine) -> String {
+fn cmdline(append: &str, engine: check::Engine) -> String {
     let mut words = vec![
         "console=ttyS0",
         // Only a panic is shown; '--append loglevel=7' shows all.
@@ -272,8 +311,8 @@ fn cmdline(args: &RunArgs, engine: check::Engine) -> String {
         // time.
         words.push("mitigations=off");
     }
-    if !args.append.is_empty() {
-        words.push(&args.append);
+    if !append.is_empty() {
+        words.push(append);
     }
     words.join(" ")
 }
@@ -306,12 +345,15 @@ fn machine_error(error: vmm::machine::Error) -> Error {
         _ => None,
     };
     // The operating system's "(os error N)" may be anywhere in it.
-    let text = text.split(" (os error ").enumerate().fold(String::new(), |text, (index, part)| {
-        match part.split_once(')') {
-            Some((_, rest)) if index > 0 => text + rest,
-            _ => text + part,
-        }
-    });
+    let text = text
+        .split(" (os error ")
+        .enumerate()
+        .fold(String::new(), |text, (index, part)| {
+            match part.split_once(')') {
+                Some((_, rest)) if index > 0 => text + rest,
+                _ => text + part,
+            }
+        });
     let error = Error::new(text);
     match hint {
         Some(hint) => error.hint(hint),

@@ -42,7 +42,11 @@ pub fn check(args: &RunArgs, facts: &Facts) -> Result<Plan, Error> {
         .hint("name a file you can read, or leave --kernel out for the default guest"));
     }
     let engine = choose(args.engine, facts)?;
-    let disks = args.disks.iter().map(disk::open).collect::<Result<_, _>>()?;
+    let disks = args
+        .disks
+        .iter()
+        .map(disk::open)
+        .collect::<Result<_, _>>()?;
     Ok(Plan { engine, disks })
 }
 
@@ -80,19 +84,20 @@ fn check_memory(memory: MemorySize, default_guest: bool, facts: &Facts) -> Resul
 
 fn check_net(args: &RunArgs) -> Result<(), Error> {
     if args.net == Net::None && !args.publish.is_empty() {
-        return Err(Error::usage("--publish needs a network, and --net none leaves it out")
-            .hint("drop one of the two"));
+        return Err(
+            Error::usage("--publish needs a network, and --net none leaves it out")
+                .hint("drop one of the two"),
+        );
     }
     for (index, publish) in args.publish.iter().enumerate() {
         let same = |other: &&crate::options::Publish| {
             (other.host, other.protocol) == (publish.host, publish.protocol)
         };
         if args.publish[..index].iter().any(|other| same(&other)) {
-            return Err(Error::usage(format!(
-                "the port {} is published twice",
-                publish.host
-            ))
-            .hint("give each --publish a port of its own"));
+            return Err(
+                Error::usage(format!("the port {} is published twice", publish.host))
+                    .hint("give each --publish a port of its own"),
+            );
         }
     }
     Ok(())
@@ -120,7 +125,10 @@ mod tests {
         for (options, part) in [
             (&["--cpus", "0"][..], "1 to 254 CPUs, not 0"),
             (&["--cpus", "10000"], "not 10000"),
-            (&["--memory", "5G"], "5G of memory: 4.0 GiB is all that this machine has"),
+            (
+                &["--memory", "5G"],
+                "5G of memory: 4.0 GiB is all that this machine has",
+            ),
             (&["--memory", "64M"], "at least 128M"),
             (&["--kernel", "/nonexistent"], "no such file"),
             (&["--kernel", "/"], "directory"),
