@@ -301,20 +301,15 @@ pub fn spawn(config: Config) -> io::Result<Handle> {
 
 fn drive(mut stack: Stack, shared: &Shared) -> io::Result<()> {
     let mut batch = VecDeque::new();
-    // The first turn must not wait: frames may have come before the thread.
-    stack.process()?;
     while !shared.stopping() {
+        // This order loses no wake-up: the wait takes the signal, and only then is the queue looked at.
+        stack.wait(None)?;
         shared.take_batch(&mut batch);
-        let worked = !batch.is_empty();
         for frame in &batch {
             stack.from_guest(&frame.data, frame.offload);
         }
         shared.recycle_batch(&mut batch);
-        if worked {
-            stack.process()?;
-        }
-        shared.deliver(|push| stack.to_guest(|frame| push(&frame.data, frame.offload)));
-        stack.wait(None)?;
+        stack.service();
         shared.deliver(|push| stack.to_guest(|frame| push(&frame.data, frame.offload)));
     }
     Ok(())

@@ -190,12 +190,17 @@ impl Stack {
         self.udp.timers(&self.link);
         self.icmp.timers(&self.link);
         self.dns.timers(&mut self.link);
+        self.service();
+        Ok(())
+    }
+
+    /// The part of [`Stack::process`] that frames from the guest make necessary, leaving descriptors alone.
+    pub(crate) fn service(&mut self) {
         for _ in 0..ROUNDS {
             if !self.tcp.service(&mut self.link) {
                 break;
             }
         }
-        Ok(())
     }
 
     fn dispatch(&mut self, event: Event) {
@@ -333,7 +338,7 @@ impl Stack {
             let forwards = &mut self.forwards;
             self.udp.input(&mut self.link, datagram, |key| {
                 match &forwards.get_mut(key)?.socket {
-                    ForwardSocket::Udp(socket) => Some(&*socket),
+                    ForwardSocket::Udp(socket) => Some(socket),
                     ForwardSocket::Tcp(_) => None,
                 }
             });

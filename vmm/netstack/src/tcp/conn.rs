@@ -239,9 +239,7 @@ impl Conn {
                 let expected = self.snd_max;
                 match ack {
                     Some(ack) if ack != expected || expected == self.snd_una => {
-                        if !rst {
-                            self.send_reset(ack, link);
-                        }
+                        self.refuse_ack(ack, rst, link);
                     }
                     Some(_) if rst => self.close_hard(),
                     Some(ack) if syn => {
@@ -367,8 +365,7 @@ impl Conn {
             // A guest that answers window probes may keep its window closed as long as it likes.
             self.retries = self.retries.min(MAX_RETRIES / 2);
         } else if self.snd_wnd == 0 {
-            // The byte of the last window probe was most likely dropped.
-            self.snd_nxt = self.snd_una;
+            // What was lost meanwhile need not wait for the next probe.
             self.timer = None;
             self.retries = 0;
         }
@@ -550,18 +547,9 @@ impl Conn {
         }
         if self.probe {
             self.probe = false;
-            if self.in_flight() == 0 && !self.tx.is_empty() {
-                // One byte beyond the closed window; the answer carries the window of the time.
-                self.send_segment(0, 1, false, link);
-                self.snd_nxt = self.snd_una.wrapping_add(1);
-                if before(self.snd_max, self.snd_nxt) {
-                    self.snd_max = self.snd_nxt;
-                }
-            } else {
-                // A keepalive probe: an old sequence number that the guest must answer.
-                let seq = self.snd_una.wrapping_sub(1);
-                self.send_control(seq, TcpControl::None, true, link);
-            }
+            // An old sequence number makes the guest answer with its state, its window included.
+            let seq = self.snd_una.wrapping_sub(1);
+            self.send_control(seq, TcpControl::None, true, link);
         }
         if self.ack_now {
             self.send_control(self.snd_nxt, TcpControl::None, true, link);
@@ -655,6 +643,13 @@ impl Conn {
         });
         if sent {
             self.acknowledged();
+        }
+    }
+
+    /// Answers an acknowledgement of something never sent, unless it comes with a reset itself.
+    fn refuse_ack(&self, ack: u32, rst: bool, link: &mut Link) {
+        if !rst {
+            self.send_reset(ack, link);
         }
     }
 
