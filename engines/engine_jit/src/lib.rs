@@ -1,1 +1,27 @@
-//! See the crate description.
+//! The software engine: binary translation from x86-64 to x86-64, in a user process, with no
+//! hardware virtualization and no privileges.
+//!
+//! The unit is the guest instruction, copied with its operands replaced (`translate`); what cannot be
+//! copied goes to the interpreter (`run`). Memory accesses go through a software TLB that emitted code
+//! probes (`tlb`). Translations are keyed by guest-physical address and context (`cache`,
+//! `context`), so one translation of a library serves every process of the guest, and they are
+//! position-independent. `docs/translator.md` tells the whole story.
+
+mod arena;
+mod asm;
+mod cache;
+mod context;
+mod env;
+mod flags;
+mod frontend;
+mod layout;
+mod run;
+mod signal;
+mod stubs;
+mod tlb;
+mod translate;
+mod vcpu;
+mod world;
+
+pub use run::Stats;
+pub use vcpu::{JitEngine, JitVcpu};

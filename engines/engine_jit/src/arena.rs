@@ -1,0 +1,172 @@
+//! Memory for emitted code: one memfd mapped twice, writable here and executable there, reserved up
+//! front, so that nothing is ever writable and executable at one address and no mprotect is needed.
+#![expect(unsafe_code, reason = "maps executable memory and writes code into it")]
+
+use kvm_core::engine::EngineError;
+
+/// A region of code memory, handed out from low to high addresses.
+#[derive(Debug)]
+pub struct Arena {
+    rw: *mut u8,
+    rx: *mut u8,
+    size: usize,
+    used: usize,
+}
+
+// SAFETY: the mappings belong to the arena alone; access to the writable one needs `&mut`.
+unsafe impl Send for Arena {}
+// SAFETY: shared references only read addresses and sizes.
+unsafe impl Sync for Arena {}
+
+impl Arena {
+    /// Reserves `size` bytes (page multiple). Memory is committed as it is used.
+    pub fn new(size: usize) -> Result<Self, EngineError> {
+        // SAFETY: plain system calls; results are checked. The name is a C string literal.
+        unsafe {
+            let fd = libc::memfd_create(c"anykvm-code".as_ptr(), libc::MFD_CLOEXEC);
+            if fd < 0 {
+                return Err(EngineError::OutOfMemory);
+            }
+            let map = |prot| {
+                libc::mmap(
+                    std::ptr::null_mut(),
+                    size,
+                    prot,
+                    libc::MAP_SHARED | libc::MAP_NORESERVE,
+                    fd,
+                    0,
+                )
+            };
+            let ok = libc::ftruncate(fd, size as libc::off_t) == 0;
+            let rw = if ok {
+                map(libc::PROT_READ | libc::PROT_WRITE)
+            } else {
+                libc::MAP_FAILED
+            };
+            let rx = if ok {
+                map(libc::PROT_READ | libc::PROT_EXEC)
+            } else {
+                libc::MAP_FAILED
+            };
+            libc::close(fd);
+            let arena = Arena {
+                rw: rw.cast(),
+                rx: rx.cast(),
+                size,
+                used: 0,
+            };
+            if rw == libc::MAP_FAILED || rx == libc::MAP_FAILED {
+                return Err(EngineError::Unsupported(
+                    "the system allows no executable memory (memfd, PROT_EXEC), which the software engine needs",
+                ));
+            }
+            Ok(arena)
+        }
+    }
+
+    /// Address at which the next allocation will execute.
+    pub fn next(&self) -> u64 {
+        self.rx as u64 + self.used as u64
+    }
+
+    /// First executable address.
+    pub fn start(&self) -> u64 {
+        self.rx as u64
+    }
+
+    /// `pc` lies in the arena.
+    pub fn contains(&self, pc: u64) -> bool {
+        pc.wrapping_sub(self.rx as u64) < self.size as u64
+    }
+
+    /// Bytes handed out.
+    pub fn used(&self) -> usize {
+        self.used
+    }
+
+    /// Bytes left.
+    pub fn left(&self) -> usize {
+        self.size - self.used
+    }
+
+    /// Appends code, keeping the next allocation 16-byte aligned. `None` when it is full.
+    pub fn push(&mut self, code: &[u8]) -> Option<u64> {
+        if code.len() + 16 > self.left() {
+            return None;
+        }
+        let at = self.next();
+        // SAFETY: `used + len` is within the writable mapping, checked above.
+        unsafe {
+            std::ptr::copy_nonoverlapping(code.as_ptr(), self.rw.add(self.used), code.len());
+        }
+        self.used = (self.used + code.len() + 15) & !15;
+        Some(at)
+    }
+
+    /// Forgets everything after `used` bytes. No code there may be running.
+    pub fn truncate(&mut self, used: usize) {
+        self.used = used.min(self.used);
+    }
+
+    /// Overwrites code at executable address `at`. Four bytes that lie in one cache line are written in
+    /// one store; other changes need every vCPU out of this code.
+    pub fn patch(&mut self, at: u64, bytes: &[u8]) {
+        let Some(pos) = at.checked_sub(self.rx as u64).map(|p| p as usize) else {
+            return;
+        };
+        if pos
+            .checked_add(bytes.len())
+            .is_none_or(|end| end > self.used)
+        {
+            return;
+        }
+        // SAFETY: `pos + len <= used <= size`. A store of four bytes within a cache line is one access
+        // on x86, aligned or not.
+        unsafe {
+            match <[u8; 4]>::try_from(bytes) {
+                Ok(four) => self.rw.add(pos).cast::<[u8; 4]>().write_volatile(four),
+                Err(_) => {
+                    std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.rw.add(pos), bytes.len());
+                }
+            }
+        }
+    }
+
+    /// Overwrites up to eight bytes that lie in one aligned 8-byte word, in one store.
+    pub fn patch_word(&mut self, at: u64, bytes: &[u8]) {
+        let Some(pos) = at.checked_sub(self.rx as u64).map(|p| p as usize) else {
+            return;
+        };
+        let word = pos & !7;
+        if pos - word + bytes.len() > 8 || word + 8 > self.used {
+            return;
+        }
+        // SAFETY: `word + 8 <= used <= size`, and the word is aligned.
+        unsafe {
+            let p = self.rw.add(word).cast::<u64>();
+            let mut v = p.read().to_le_bytes();
+            v[pos - word..][..bytes.len()].copy_from_slice(bytes);
+            p.write_volatile(u64::from_le_bytes(v));
+        }
+    }
+
+    /// Reads `N` bytes of code at an executable address, zeros when out of range.
+    pub fn read<const N: usize>(&self, at: u64) -> [u8; N] {
+        let pos = at.wrapping_sub(self.rx as u64) as usize;
+        if pos.checked_add(N).is_none_or(|end| end > self.size) {
+            return [0; N];
+        }
+        // SAFETY: within the mapping, checked above.
+        unsafe { self.rw.add(pos).cast::<[u8; N]>().read_unaligned() }
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        // SAFETY: both mappings were made by `new` with this size and are used no more.
+        unsafe {
+            libc::munmap(self.rw.cast(), self.size);
+            libc::munmap(self.rx.cast(), self.size);
+        }
+    }
+}

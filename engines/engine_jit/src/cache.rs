@@ -1,0 +1,295 @@
+//! The code cache: translations by guest-physical address and context, and the pages they came from.
+
+use crate::arena::Arena;
+use crate::stubs::Stubs;
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A hash for small integer keys.
+#[derive(Default)]
+pub struct IntHasher(u64);
+
+impl Hasher for IntHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for &b in bytes {
+            self.write_u64(u64::from(b));
+        }
+    }
+    fn write_u32(&mut self, n: u32) {
+        self.write_u64(u64::from(n));
+    }
+    fn write_u64(&mut self, n: u64) {
+        let x = (self.0.rotate_left(26) ^ n).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 = x ^ x >> 32;
+    }
+}
+
+type Map<K, V> = HashMap<K, V, BuildHasherDefault<IntHasher>>;
+
+/// One translation.
+#[derive(Debug)]
+pub struct Block {
+    /// Guest-physical address of the first instruction.
+    pub phys: u64,
+    /// Context it was made for.
+    pub ctx: u32,
+    /// Entry for jumps that carry the linear address in T and the flags in memory.
+    pub indirect: u64,
+    /// Entry for linked jumps: flags in EFLAGS if `live_in`.
+    pub direct: u64,
+    /// Entry for linked jumps from code that has the FPU loaded.
+    pub direct_fpu: u64,
+    /// End of its code.
+    pub end: u64,
+    /// It reads flags that it has not written.
+    pub live_in: bool,
+    /// It needs the guest's FPU state loaded.
+    pub fpu: bool,
+    /// Which 64-byte lines of the page it depends on.
+    pub lines: u64,
+    /// Its code was overwritten with an exit.
+    pub dead: bool,
+    /// Host offset from `indirect` and guest page offset of each instruction.
+    pub map: Box<[(u32, u16)]>,
+}
+
+/// A guest page that translations came from.
+#[derive(Debug)]
+struct CodePage {
+    /// Lines that `bytes` holds.
+    lines: u64,
+    /// The bytes as they were translated.
+    bytes: Box<[u8; 4096]>,
+    blocks: Vec<u32>,
+    /// How often a write has killed blocks here.
+    kills: u32,
+}
+
+/// All translations of a virtual machine.
+pub struct Cache {
+    /// Where the code lies.
+    pub arena: Arena,
+    /// Fixed code at its start.
+    pub stubs: Stubs,
+    stubs_end: usize,
+    blocks: Vec<Block>,
+    map: Map<(u64, u32), u32>,
+    pages: Map<u64, CodePage>,
+    /// Counts invalidations; a vCPU that sees it change must not go back into the block it left.
+    epoch: Arc<AtomicU64>,
+    /// Blocks translated since start.
+    pub translated: u64,
+}
+
+/// Lines of a page that `[start, start + len)` touches.
+pub fn lines_of(start: usize, len: usize) -> u64 {
+    let first = start / 64;
+    let last = (start + len.max(1) - 1).min(4095) / 64;
+    (u64::MAX >> (63 - last)) & (u64::MAX << first)
+}
+
+impl Cache {
+    /// An empty cache whose arena already holds `stubs`.
+    pub fn new(arena: Arena, stubs: Stubs, epoch: Arc<AtomicU64>) -> Self {
+        let stubs_end = arena.used();
+        Cache {
+            arena,
+            stubs,
+            stubs_end,
+            blocks: Vec::new(),
+            map: Map::default(),
+            pages: Map::default(),
+            epoch,
+            translated: 0,
+        }
+    }
+
+    /// A live translation.
+    pub fn find(&self, phys: u64, ctx: u32) -> Option<&Block> {
+        self.map
+            .get(&(phys, ctx))
+            .and_then(|&i| self.blocks.get(i as usize))
+    }
+
+    /// The block whose code contains host address `pc`.
+    pub fn block_at(&self, pc: u64) -> Option<&Block> {
+        let i = self
+            .blocks
+            .partition_point(|b| b.indirect <= pc)
+            .checked_sub(1)?;
+        let b = &self.blocks[i];
+        (pc < b.end).then_some(b)
+    }
+
+    /// Bytes and lines of a page that translations depend on.
+    pub fn page_lines(&self, gfn: u64) -> u64 {
+        self.pages.get(&gfn).map_or(0, |p| p.lines)
+    }
+
+    /// Enters a translation made from `page`, the bytes of its guest page.
+    pub fn insert(&mut self, block: Block, page: &[u8; 4096]) {
+        self.translated += 1;
+        let i = self.blocks.len() as u32;
+        let p = self
+            .pages
+            .entry(block.phys >> 12)
+            .or_insert_with(|| CodePage {
+                lines: 0,
+                bytes: Box::new([0; 4096]),
+                blocks: Vec::new(),
+                kills: 0,
+            });
+        for line in 0..64 {
+            if block.lines & (1 << line) != 0 {
+                p.bytes[line * 64..][..64].copy_from_slice(&page[line * 64..][..64]);
+            }
+        }
+        p.lines |= block.lines;
+        p.blocks.push(i);
+        self.map.insert((block.phys, block.ctx), i);
+        self.blocks.push(block);
+    }
+
+    /// Lines whose bytes differ from what was translated.
+    pub fn stale_lines(&self, gfn: u64, now: &[u8; 4096]) -> u64 {
+        let Some(p) = self.pages.get(&gfn) else {
+            return 0;
+        };
+        let mut stale = 0;
+        for line in 0..64 {
+            if p.lines & (1 << line) != 0 && p.bytes[line * 64..][..64] != now[line * 64..][..64] {
+                stale |= 1 << line;
+            }
+        }
+        stale
+    }
+
+    /// Kills every translation of the page that depends on one of `lines`. No other vCPU may be in
+    /// translated code. Returns how often the page has been hit, 0 if nothing depended on the lines.
+    pub fn kill(&mut self, gfn: u64, lines: u64) -> u32 {
+        let Some(p) = self.pages.get_mut(&gfn) else {
+            return 0;
+        };
+        if p.lines & lines == 0 {
+            return 0;
+        }
+        self.epoch.fetch_add(1, Ordering::AcqRel);
+        p.kills += 1;
+        let kills = p.kills;
+        let mut left = 0;
+        let mut keep = Vec::new();
+        for i in std::mem::take(&mut p.blocks) {
+            let b = &mut self.blocks[i as usize];
+            if b.lines & lines == 0 {
+                left |= b.lines;
+                keep.push(i);
+                continue;
+            }
+            b.dead = true;
+            if self.map.get(&(b.phys, b.ctx)) == Some(&i) {
+                self.map.remove(&(b.phys, b.ctx));
+            }
+            bury(&mut self.arena, &self.stubs, b);
+        }
+        p.blocks = keep;
+        p.lines = left;
+        if left == 0 {
+            self.pages.remove(&gfn);
+        }
+        kills
+    }
+
+    /// Whether a page holds translations.
+    pub fn has_code(&self, gfn: u64) -> bool {
+        self.pages.contains_key(&gfn)
+    }
+
+    /// Drops everything. No vCPU may be in translated code, nor come back to a place in it.
+    pub fn clear(&mut self) {
+        self.epoch.fetch_add(1, Ordering::AcqRel);
+        self.blocks.clear();
+        self.map.clear();
+        self.pages.clear();
+        self.arena.truncate(self.stubs_end);
+    }
+
+    /// Redirects a dead block's linked entry at `at` to the block that took its place, whose indirect
+    /// entry is `indirect`.
+    pub fn heal(&mut self, at: u64, indirect: u64) {
+        let Some(old) = self.block_at(at).filter(|b| b.dead && !b.live_in) else {
+            return;
+        };
+        let (phys, direct, direct_fpu) = (old.phys, old.direct, old.direct_fpu);
+        let Some(new) = self.block_at(indirect) else {
+            return;
+        };
+        if new.dead || new.live_in || new.phys != phys || new.indirect != indirect {
+            return;
+        }
+        let to = match at {
+            _ if at == direct_fpu && at != direct => {
+                if new.fpu {
+                    new.direct_fpu
+                } else {
+                    new.direct
+                }
+            }
+            _ if at == direct => new.direct,
+            _ => return,
+        };
+        // The opcode changes too: one byte, from call to jmp, then the distance. Both ways the old
+        // distance leads nowhere, so this needs everyone out, or the place to be one word.
+        if at % 8 > 3 {
+            return;
+        }
+        let mut code = vec![0xe9];
+        code.extend((to.wrapping_sub(at + 5) as u32).to_le_bytes());
+        self.arena.patch_word(at, &code);
+    }
+
+    /// Guest page numbers that hold translations.
+    pub fn gfns(&self) -> impl Iterator<Item = u64> + '_ {
+        self.pages.keys().copied()
+    }
+
+    /// Number of blocks, dead ones included.
+    pub fn len(&self) -> usize {
+        self.blocks.len()
+    }
+}
+
+/// Overwrites a block's entries with exits to the `dead` helper.
+fn bury(arena: &mut Arena, stubs: &Stubs, b: &Block) {
+    let exit = |at: u64| {
+        let mut code = vec![0xe8];
+        code.extend((stubs.dead.wrapping_sub(at + 5) as u32).to_le_bytes());
+        code.extend(((b.phys & 0xfff) as u32).to_le_bytes());
+        code
+    };
+    // T has the linear address here.
+    let mut code = vec![0xe9];
+    code.extend((stubs.jump.wrapping_sub(b.indirect + 5) as u32).to_le_bytes());
+    arena.patch(b.indirect, &code);
+    for at in [b.direct, b.direct_fpu] {
+        if b.live_in {
+            // The flags are in EFLAGS here: save them first, out of line.
+            let mut a = crate::asm::Asm::new(arena.next());
+            crate::flags::save(&mut a);
+            let pc = a.pc();
+            a.bytes(&exit(pc));
+            if let Some(thunk) = arena.push(&a.buf) {
+                let mut code = vec![0xe9];
+                code.extend((thunk.wrapping_sub(at + 5) as u32).to_le_bytes());
+                arena.patch(at, &code);
+                continue;
+            }
+        }
+        let code = exit(at);
+        arena.patch(at, &code);
+    }
+}

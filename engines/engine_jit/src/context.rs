@@ -1,0 +1,236 @@
+//! The context of a translation: everything beside the bytes that its meaning depends on.
+
+use crate::layout::{TLB_KERNEL, TLB_KERNEL_AC, TLB_USER};
+use iced_x86::{CpuidFeature, EncodingKind, Instruction, Mnemonic};
+use x86emu::state::{CodeSize, CpuState, Segment, sreg};
+
+/// Which vector state may be used without a check.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Fpu {
+    /// None: CR0.EM or CR0.TS is set, or CR4.OSFXSR is clear.
+    None,
+    /// x87, MMX and SSE.
+    Sse,
+    /// AVX too.
+    Avx,
+    /// AVX-512 too.
+    Avx512,
+}
+
+impl Fpu {
+    /// What an instruction needs; `None` for those without FPU state.
+    pub fn needed_by(insn: &Instruction) -> Fpu {
+        match insn.encoding() {
+            EncodingKind::EVEX => Fpu::Avx512,
+            EncodingKind::VEX | EncodingKind::XOP | EncodingKind::MVEX => {
+                let gpr = insn.cpuid_features().iter().any(|f| {
+                    matches!(
+                        f,
+                        CpuidFeature::BMI1 | CpuidFeature::BMI2 | CpuidFeature::TBM
+                    )
+                });
+                let mask = insn.cpuid_features().iter().any(|f| {
+                    matches!(
+                        f,
+                        CpuidFeature::AVX512F | CpuidFeature::AVX512BW | CpuidFeature::AVX512DQ
+                    )
+                });
+                match (gpr, mask) {
+                    (true, _) => Fpu::None,
+                    (_, true) => Fpu::Avx512,
+                    _ => Fpu::Avx,
+                }
+            }
+            _ => {
+                use CpuidFeature as F;
+                use Mnemonic as M;
+                if matches!(
+                    insn.mnemonic(),
+                    M::Lfence
+                        | M::Mfence
+                        | M::Sfence
+                        | M::Pause
+                        | M::Movnti
+                        | M::Crc32
+                        | M::Clflush
+                ) {
+                    // SSE by name only: no FPU state, no #NM.
+                    return Fpu::None;
+                }
+                let fpu = insn.cpuid_features().iter().any(|f| {
+                    matches!(
+                        f,
+                        F::FPU
+                            | F::FPU287
+                            | F::FPU387
+                            | F::MMX
+                            | F::SSE
+                            | F::SSE2
+                            | F::SSE3
+                            | F::SSSE3
+                            | F::SSE4_1
+                            | F::SSE4_2
+                            | F::SSE4A
+                            | F::AES
+                            | F::PCLMULQDQ
+                            | F::SHA
+                            | F::GFNI
+                    )
+                });
+                if fpu { Fpu::Sse } else { Fpu::None }
+            }
+        }
+    }
+}
+
+/// A context, as a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Context(pub u32);
+
+const SIZE: u32 = 3;
+const USER: u32 = 1 << 2;
+const FLAT: u32 = 1 << 3;
+const FS_FLAT: u32 = 1 << 4;
+const GS_FLAT: u32 = 1 << 5;
+const SS32: u32 = 1 << 6;
+const AC: u32 = 1 << 7;
+const FPU_SHIFT: u32 = 8;
+const DF: u32 = 1 << 10;
+const SIMPLE_IF: u32 = 1 << 11;
+const INTERPRET: u32 = 1 << 12;
+
+fn flat(s: &Segment) -> bool {
+    // Present, base 0, 4 GiB, and for data: expand-up and writable or readable code.
+    !s.unusable && s.present() && s.base == 0 && s.limit == u32::MAX && s.attr & 0x10 != 0
+}
+
+fn flat_data(s: &Segment) -> bool {
+    flat(s) && s.attr & 8 == 0 && s.attr & 4 == 0 && s.attr & 2 != 0
+}
+
+fn flat_limit(s: &Segment) -> bool {
+    !s.unusable && s.present() && s.limit == u32::MAX && s.attr & 0x1e == 0x12
+}
+
+impl Context {
+    /// The context that `cpu` is in now.
+    pub fn of(cpu: &CpuState) -> Context {
+        let size = cpu.code_size();
+        let mut k = match size {
+            CodeSize::Bits16 => 0,
+            CodeSize::Bits32 => 1,
+            CodeSize::Bits64 => 2,
+        };
+        if cpu.cpl == 3 {
+            k |= USER;
+        }
+        if size == CodeSize::Bits64 {
+            k |= FLAT | FS_FLAT | GS_FLAT | SS32;
+        } else {
+            let s = &cpu.seg;
+            let all = flat(&s[sreg::CS])
+                && s[sreg::CS].attr & 2 != 0
+                && flat_data(&s[sreg::SS])
+                && flat_data(&s[sreg::DS])
+                && flat_data(&s[sreg::ES]);
+            if all {
+                k |= FLAT;
+            }
+            if flat_limit(&s[sreg::FS]) {
+                k |= FS_FLAT;
+            }
+            if flat_limit(&s[sreg::GS]) {
+                k |= GS_FLAT;
+            }
+            if s[sreg::SS].db() {
+                k |= SS32;
+            }
+        }
+        let smap = cpu.cr4 & (1 << 21) != 0;
+        if cpu.rflags & (1 << 18) != 0 || !smap {
+            k |= AC;
+        }
+        let fpu = if cpu.cr0 & 0xc != 0 || cpu.cr4 & (1 << 9) == 0 {
+            Fpu::None
+        } else if cpu.cr4 & (1 << 18) == 0 || cpu.xcr0 & 6 != 6 {
+            Fpu::Sse
+        } else if cpu.xcr0 & 0xe0 != 0xe0 {
+            Fpu::Avx
+        } else {
+            Fpu::Avx512
+        };
+        k |= (fpu as u32) << FPU_SHIFT;
+        if cpu.rflags & (1 << 10) != 0 {
+            k |= DF;
+        }
+        // IF alone in bits 8-15 of RFLAGS, and no privilege question about changing it.
+        if cpu.rflags & 0xfd00 & !0x800 == 0 && cpu.cpl == 0 && !cpu.v86() && cpu.protected() {
+            k |= SIMPLE_IF;
+        }
+        let alignment = cpu.cpl == 3 && cpu.cr0 & (1 << 18) != 0 && cpu.rflags & (1 << 18) != 0;
+        if cpu.v86() || !cpu.protected() || alignment {
+            k |= INTERPRET;
+        }
+        Context(k)
+    }
+
+    /// How the code decodes.
+    pub fn code_size(self) -> CodeSize {
+        match self.0 & SIZE {
+            0 => CodeSize::Bits16,
+            1 => CodeSize::Bits32,
+            _ => CodeSize::Bits64,
+        }
+    }
+    /// CPL 3.
+    pub fn user(self) -> bool {
+        self.0 & USER != 0
+    }
+    /// CS, SS, DS and ES have base 0 and no limits that matter.
+    pub fn flat(self) -> bool {
+        self.0 & FLAT != 0
+    }
+    /// FS has a base only.
+    pub fn fs_flat(self) -> bool {
+        self.0 & FS_FLAT != 0
+    }
+    /// GS has a base only.
+    pub fn gs_flat(self) -> bool {
+        self.0 & GS_FLAT != 0
+    }
+    /// The stack is flat and ESP or RSP wide.
+    pub fn flat_stack(self) -> bool {
+        self.flat() && self.0 & SS32 != 0
+    }
+    /// What FPU state may be used.
+    pub fn fpu(self) -> Fpu {
+        match (self.0 >> FPU_SHIFT) & 3 {
+            0 => Fpu::None,
+            1 => Fpu::Sse,
+            2 => Fpu::Avx,
+            _ => Fpu::Avx512,
+        }
+    }
+    /// RFLAGS.DF is clear.
+    pub fn df_clear(self) -> bool {
+        self.0 & DF == 0
+    }
+    /// CLI and STI change nothing but bit 9, and are allowed.
+    pub fn simple_if(self) -> bool {
+        self.0 & SIMPLE_IF != 0
+    }
+    /// Nothing is translated.
+    pub fn interpret_only(self) -> bool {
+        self.0 & INTERPRET != 0
+    }
+    /// The software TLB that data accesses use.
+    pub fn tlb(self) -> usize {
+        if self.user() {
+            TLB_USER
+        } else if self.0 & AC != 0 {
+            TLB_KERNEL_AC
+        } else {
+            TLB_KERNEL
+        }
+    }
+}

@@ -1,0 +1,33 @@
+//! Moving the guest's arithmetic flags between EFLAGS and memory.
+
+use crate::asm::{Asm, Mem, Size, reg};
+use crate::layout::off;
+use crate::stubs::T;
+
+/// EFLAGS to memory. Keeps EFLAGS; clobbers T.
+pub fn save(a: &mut Asm) {
+    a.mov(T, reg::RAX);
+    a.bytes(&[0x9f, 0x0f, 0x90, 0xc0]); // lahf; seto al
+    a.store(Size::W, Mem::Gs(off::FLAGS), reg::RAX);
+    a.mov(reg::RAX, T);
+}
+
+/// Memory to EFLAGS. Clobbers T.
+pub fn restore(a: &mut Asm) {
+    a.mov(T, reg::RAX);
+    load(a);
+    a.mov(reg::RAX, T);
+}
+
+/// Memory to EFLAGS, with T and I in use.
+pub fn restore_keeping_scratch(a: &mut Asm) {
+    a.store(Size::Q, Mem::Gs(off::SPILL), reg::RAX);
+    load(a);
+    a.load(Size::Q, reg::RAX, Mem::Gs(off::SPILL));
+}
+
+fn load(a: &mut Asm) {
+    a.load(Size::W, reg::RAX, Mem::Gs(off::FLAGS));
+    // OF comes back by adding 0x7f to 0 or 1; SAHF leaves OF alone.
+    a.bytes(&[0x04, 0x7f, 0x9e]);
+}

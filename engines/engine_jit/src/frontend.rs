@@ -1,0 +1,678 @@
+//! Decoding: which instructions make a block, what kind each is, and which flags are live.
+
+use crate::context::{Context, Fpu};
+use iced_x86::{
+    Code, ConditionCode, Decoder, DecoderOptions, EncodingKind, FlowControl, Instruction, Mnemonic,
+    OpKind, Register, RflagsBits,
+};
+use x86emu::encoding::Encoding;
+use x86emu::state::CodeSize;
+
+/// Arithmetic flags, in iced's bits.
+pub const ARITH: u32 = RflagsBits::OF
+    | RflagsBits::SF
+    | RflagsBits::ZF
+    | RflagsBits::AF
+    | RflagsBits::CF
+    | RflagsBits::PF;
+
+/// The longest block, in instructions.
+const MAX_OPS: usize = 64;
+
+/// How an instruction is translated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Copied, with operands replaced.
+    Native,
+    /// LEA: an address computation without an access.
+    Lea,
+    /// Nothing to do.
+    Nop,
+    /// PUSH of a register, an immediate or a memory operand.
+    Push,
+    /// POP to a register.
+    Pop,
+    /// LEAVE.
+    Leave,
+    /// Conditional jump: condition, page offset of the target (which may lie outside the page).
+    Jcc(ConditionCode, i64),
+    /// Direct jump.
+    Jmp(i64),
+    /// Direct call.
+    Call(i64),
+    /// Jump to a register or memory operand.
+    JmpIndirect,
+    /// Call of a register or memory operand.
+    CallIndirect,
+    /// Near return; bytes to release beside the return address.
+    Ret(u16),
+    /// CLI, with flags in a state where a store does it.
+    Cli,
+    /// STI, the same.
+    Sti,
+    /// Left to the interpreter.
+    Interpret,
+}
+
+/// One instruction of a block.
+#[derive(Clone, Debug)]
+pub struct Op {
+    /// As iced decoded it, with IP = offset in the page.
+    pub insn: Instruction,
+    /// Offset in the page.
+    pub off: u16,
+    /// Its bytes taken apart, for [`Kind::Native`].
+    pub enc: Option<Encoding>,
+    /// How it is translated.
+    pub kind: Kind,
+    /// Flags it reads.
+    pub reads: u32,
+    /// Flags it may change.
+    pub modifies: u32,
+    /// Flags it always changes.
+    pub kills: u32,
+    /// Flags live after it.
+    pub live_after: u32,
+    /// Flags live before it.
+    pub live_before: u32,
+    /// Flags live at the taken target of a conditional jump, or the target of a direct jump.
+    pub live_target: u32,
+    /// It uses x87, MMX, SSE, AVX or mask registers.
+    pub fpu: bool,
+}
+
+/// A decoded block.
+#[derive(Debug)]
+pub struct Decoded {
+    /// Its instructions.
+    pub ops: Vec<Op>,
+    /// Offset behind the last one.
+    pub end: u16,
+    /// It ends because control leaves it with the last instruction.
+    pub closed: bool,
+    /// Lines of the page it depends on.
+    pub lines: u64,
+    /// Flags live on entry.
+    pub live_in: u32,
+    /// It uses the FPU.
+    pub fpu: bool,
+    /// The last instruction crosses the page end: it is left to the interpreter.
+    pub crosses: bool,
+}
+
+fn bits(ctx: Context) -> u32 {
+    match ctx.code_size() {
+        CodeSize::Bits16 => 16,
+        CodeSize::Bits32 => 32,
+        CodeSize::Bits64 => 64,
+    }
+}
+
+/// Decodes the block at offset `start` of `page`.
+pub fn decode(page: &[u8; 4096], start: usize, ctx: Context) -> Decoded {
+    let mut ops = Vec::with_capacity(16);
+    let mut end = start;
+    let mut closed = false;
+    let mut crosses = false;
+    let mut decoder = Decoder::with_ip(
+        bits(ctx),
+        &page[start..],
+        start as u64,
+        DecoderOptions::NONE,
+    );
+    while ops.len() < MAX_OPS && end < 4096 {
+        let insn = decoder.decode();
+        if insn.is_invalid() {
+            // Either cut off by the page end or no instruction; the interpreter tells.
+            crosses = true;
+            ops.push(op(insn, end as u16, None, Kind::Interpret, false));
+            closed = true;
+            break;
+        }
+        let bytes = &page[end..end + insn.len()];
+        let next = op_of(&insn, bytes, end as u16, ctx);
+        end += insn.len();
+        let ends = match next.kind {
+            Kind::Jmp(_)
+            | Kind::Call(_)
+            | Kind::JmpIndirect
+            | Kind::CallIndirect
+            | Kind::Ret(_) => true,
+            Kind::Interpret => insn.flow_control() != FlowControl::Next,
+            _ => false,
+        };
+        ops.push(next);
+        if ends {
+            closed = true;
+            break;
+        }
+    }
+    // The shadow of STI covers one instruction; a poll or an exit there would be seen.
+    let n = ops.len();
+    for i in 0..n {
+        let plain = i + 1 < n && matches!(ops[i + 1].kind, Kind::Native | Kind::Lea | Kind::Nop);
+        if ops[i].kind == Kind::Sti && !plain {
+            ops[i].kind = Kind::Interpret;
+        }
+    }
+    let mut lines = crate::cache::lines_of(start, end.max(start + 1) - start);
+    let live_in = liveness(&mut ops, page, ctx, end, closed, &mut lines);
+    let fpu = ops.iter().any(|o| o.fpu && o.kind == Kind::Native);
+    Decoded {
+        ops,
+        end: end as u16,
+        closed,
+        lines,
+        live_in,
+        fpu,
+        crosses,
+    }
+}
+
+fn op(insn: Instruction, off: u16, enc: Option<Encoding>, kind: Kind, fpu: bool) -> Op {
+    let (reads, modifies) = match kind {
+        // Whatever pushes or replaces RFLAGS as a whole.
+        Kind::Interpret
+            if insn.flow_control() != FlowControl::Next
+                || matches!(
+                    insn.mnemonic(),
+                    Mnemonic::Pushf | Mnemonic::Pushfd | Mnemonic::Pushfq
+                ) =>
+        {
+            (ARITH, ARITH)
+        }
+        _ => (insn.rflags_read() & ARITH, insn.rflags_modified() & ARITH),
+    };
+    let kills = if kind == Kind::Interpret || may_leave_flags(&insn) {
+        0
+    } else {
+        modifies
+    };
+    Op {
+        insn,
+        off,
+        enc,
+        kind,
+        reads,
+        modifies,
+        kills,
+        live_after: 0,
+        live_before: 0,
+        live_target: 0,
+        fpu,
+    }
+}
+
+/// Shifts and rotates leave all flags alone when their count is zero.
+fn may_leave_flags(insn: &Instruction) -> bool {
+    use Mnemonic as M;
+    let shift = matches!(
+        insn.mnemonic(),
+        M::Shl | M::Shr | M::Sar | M::Sal | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd
+    );
+    if !shift {
+        return insn.has_rep_prefix() || insn.has_repne_prefix();
+    }
+    let last = insn.op_count() - 1;
+    match insn.op_kind(last) {
+        OpKind::Immediate8 => insn.immediate8() & 31 == 0,
+        _ => true,
+    }
+}
+
+fn op_of(insn: &Instruction, bytes: &[u8], off: u16, ctx: Context) -> Op {
+    let (kind, enc, fpu) = classify(insn, bytes, ctx);
+    op(*insn, off, enc, kind, fpu)
+}
+
+fn is_native_branch_size(insn: &Instruction, ctx: Context) -> bool {
+    // Operand-size prefixes on branches truncate RIP: rare, and vendors differ.
+    let wide = match ctx.code_size() {
+        CodeSize::Bits64 => matches!(
+            insn.op0_kind(),
+            OpKind::NearBranch64 | OpKind::Register | OpKind::Memory
+        ),
+        CodeSize::Bits32 => matches!(
+            insn.op0_kind(),
+            OpKind::NearBranch32 | OpKind::Register | OpKind::Memory
+        ),
+        CodeSize::Bits16 => false,
+    };
+    let code = insn.code();
+    wide && !matches!(
+        code,
+        Code::Jmp_rm16
+            | Code::Call_rm16
+            | Code::Jmp_m1616
+            | Code::Call_m1616
+            | Code::Jmp_m1632
+            | Code::Call_m1632
+            | Code::Jmp_m1664
+            | Code::Call_m1664
+    )
+}
+
+fn classify(insn: &Instruction, bytes: &[u8], ctx: Context) -> (Kind, Option<Encoding>, bool) {
+    use Mnemonic as M;
+    let interpret = (Kind::Interpret, None, false);
+    let mode = ctx.code_size();
+    if ctx.interpret_only() || mode == CodeSize::Bits16 {
+        return interpret;
+    }
+    let long = mode == CodeSize::Bits64;
+    if mode == CodeSize::Bits32 && insn.flow_control() != FlowControl::Next && !ctx.flat() {
+        return interpret;
+    }
+    let target = || {
+        let t = insn.near_branch_target();
+        if long {
+            t as i64
+        } else {
+            i64::from(t as u32 as i32)
+        }
+    };
+    match insn.flow_control() {
+        FlowControl::ConditionalBranch => {
+            let cc = insn.condition_code();
+            let plain = insn.is_jcc_short_or_near() && is_native_branch_size(insn, ctx);
+            if plain && cc != ConditionCode::None {
+                return (Kind::Jcc(cc, target()), None, false);
+            }
+            return interpret;
+        }
+        FlowControl::UnconditionalBranch if insn.is_jmp_short_or_near() => {
+            if is_native_branch_size(insn, ctx) {
+                return (Kind::Jmp(target()), None, false);
+            }
+            return interpret;
+        }
+        FlowControl::Call if insn.is_call_near() => {
+            if is_native_branch_size(insn, ctx) && ctx.flat_stack() {
+                return (Kind::Call(target()), None, false);
+            }
+            return interpret;
+        }
+        FlowControl::IndirectBranch if insn.is_jmp_near_indirect() => {
+            if is_native_branch_size(insn, ctx) {
+                return (Kind::JmpIndirect, None, false);
+            }
+            return interpret;
+        }
+        FlowControl::IndirectCall if insn.is_call_near_indirect() => {
+            if is_native_branch_size(insn, ctx) && ctx.flat_stack() {
+                return (Kind::CallIndirect, None, false);
+            }
+            return interpret;
+        }
+        FlowControl::Return => {
+            let near = match insn.code() {
+                Code::Retnq | Code::Retnq_imm16 => long,
+                Code::Retnd | Code::Retnd_imm16 => !long,
+                _ => false,
+            };
+            if near && ctx.flat_stack() {
+                let imm = if insn.op_count() == 1 {
+                    insn.immediate16()
+                } else {
+                    0
+                };
+                return (Kind::Ret(imm), None, false);
+            }
+            return interpret;
+        }
+        FlowControl::Next => {}
+        _ => return interpret,
+    }
+    match insn.mnemonic() {
+        M::Cli if ctx.simple_if() => return (Kind::Cli, None, false),
+        M::Sti if ctx.simple_if() => return (Kind::Sti, None, false),
+        M::Nop
+        | M::Endbr64
+        | M::Endbr32
+        | M::Prefetchnta
+        | M::Prefetcht0
+        | M::Prefetcht1
+        | M::Prefetcht2
+        | M::Prefetchw
+        | M::Prefetch
+        | M::Reservednop
+        | M::Cldemote => {
+            return (Kind::Nop, None, false);
+        }
+        M::Cld if ctx.df_clear() => return (Kind::Nop, None, false),
+        M::Push if ctx.flat_stack() => {
+            let ok = match insn.code() {
+                Code::Push_r64 | Code::Push_rm64 | Code::Pushq_imm32 | Code::Pushq_imm8 => long,
+                Code::Push_r32 | Code::Push_rm32 | Code::Pushd_imm32 | Code::Pushd_imm8 => !long,
+                _ => false,
+            };
+            return if ok && address_ok(insn, ctx) {
+                (Kind::Push, None, false)
+            } else {
+                interpret
+            };
+        }
+        M::Pop if ctx.flat_stack() => {
+            let ok = match insn.code() {
+                Code::Pop_r64 => long,
+                Code::Pop_r32 => !long,
+                Code::Pop_rm64 => long && insn.op0_kind() == OpKind::Register,
+                Code::Pop_rm32 => !long && insn.op0_kind() == OpKind::Register,
+                _ => false,
+            };
+            return if ok {
+                (Kind::Pop, None, false)
+            } else {
+                interpret
+            };
+        }
+        M::Leave if ctx.flat_stack() => {
+            let ok = matches!(
+                (insn.code(), long),
+                (Code::Leaveq, true) | (Code::Leaved, false)
+            );
+            return if ok {
+                (Kind::Leave, None, false)
+            } else {
+                interpret
+            };
+        }
+        M::Lea => {
+            let ok = address_ok(insn, ctx) && insn.segment_prefix() == Register::None
+                || address_ok(insn, ctx);
+            return if ok {
+                (Kind::Lea, None, false)
+            } else {
+                interpret
+            };
+        }
+        _ => {}
+    }
+    native(insn, bytes, ctx).map_or(interpret, |(enc, fpu)| (Kind::Native, Some(enc), fpu))
+}
+
+/// The memory operand's address can be computed by emitted code.
+fn address_ok(insn: &Instruction, ctx: Context) -> bool {
+    let mem = (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Memory);
+    if !mem {
+        return true;
+    }
+    let (b, x) = (insn.memory_base(), insn.memory_index());
+    if b == Register::EIP || b.is_gpr16() || x.is_gpr16() || insn.is_vsib() {
+        return false;
+    }
+    if b == Register::None && x == Register::None && ctx.code_size() != CodeSize::Bits64 {
+        // A 16-bit displacement-only address.
+        if insn.memory_displ_size() == 2 {
+            return false;
+        }
+    }
+    if ctx.code_size() == CodeSize::Bits64 {
+        return true;
+    }
+    match insn.memory_segment() {
+        Register::FS => ctx.fs_flat(),
+        Register::GS => ctx.gs_flat(),
+        _ => ctx.flat(),
+    }
+}
+
+/// Instructions that are copied; the encoding and whether they use the FPU.
+fn native(insn: &Instruction, bytes: &[u8], ctx: Context) -> Option<(Encoding, bool)> {
+    use Mnemonic as M;
+    if insn.is_privileged()
+        || insn.is_stack_instruction()
+        || insn.is_vsib()
+        || insn.is_save_restore_instruction()
+    {
+        return None;
+    }
+    match insn.mnemonic() {
+        M::Cpuid
+        | M::Rdtsc
+        | M::Rdtscp
+        | M::Rdpmc
+        | M::Xgetbv
+        | M::Rdpid
+        | M::Rdfsbase
+        | M::Rdgsbase
+        | M::Wrfsbase
+        | M::Wrgsbase
+        | M::Sgdt
+        | M::Sidt
+        | M::Sldt
+        | M::Str
+        | M::Smsw
+        | M::Lar
+        | M::Lsl
+        | M::Verr
+        | M::Verw
+        | M::Fnsave
+        | M::Fsave
+        | M::Frstor
+        | M::Fnstenv
+        | M::Fstenv
+        | M::Fldenv
+        | M::Maskmovdqu
+        | M::Vmaskmovdqu
+        | M::Maskmovq
+        | M::Vmcall
+        | M::Vmmcall
+        | M::Monitor
+        | M::Monitorx
+        | M::Mwait
+        | M::Mwaitx
+        | M::Clzero
+        | M::Movdir64b
+        | M::Movdiri
+        | M::Enqcmd
+        | M::Enqcmds
+        | M::Invlpgb
+        | M::Tlbsync
+        | M::Rdpkru
+        | M::Wrpkru
+        | M::Xbegin
+        | M::Xabort
+        | M::Xend
+        | M::Xtest
+        | M::Getsec
+        | M::Into
+        | M::Bound
+        | M::In
+        | M::Out
+        | M::Cli
+        | M::Sti
+        | M::Clac
+        | M::Stac
+        | M::Std
+        | M::Cld
+        | M::Xlatb
+        | M::Salc
+        | M::Daa
+        | M::Das
+        | M::Aaa
+        | M::Aas
+        | M::Aam
+        | M::Aad
+        | M::Arpl
+        | M::Lds
+        | M::Les
+        | M::Lss
+        | M::Lfs
+        | M::Lgs
+        | M::Umonitor
+        | M::Umwait
+        | M::Tpause
+        | M::Serialize
+        | M::Ptwrite
+        | M::Rdsspd
+        | M::Rdsspq
+        | M::Incsspd
+        | M::Incsspq
+        | M::Rdpru
+        | M::Skinit
+        | M::Xsetbv
+        | M::Senduipi
+        | M::Clui
+        | M::Stui
+        | M::Testui
+        | M::Uiret
+        | M::Encls
+        | M::Enclu
+        | M::Enclv
+        | M::Hlt
+        | M::Enter
+        | M::Xstore
+        | M::Fnsetpm
+        | M::Fndisi
+        | M::Fneni
+        | M::Fnop => return None,
+        M::Bt | M::Bts | M::Btr | M::Btc => {
+            // The register form addresses a bit string that reaches beyond the operand.
+            if insn.op0_kind() == OpKind::Memory && insn.op1_kind() == OpKind::Register {
+                return None;
+            }
+        }
+        _ => {}
+    }
+    if insn.has_xacquire_prefix() && insn.mnemonic() == M::INVALID {
+        return None;
+    }
+    let mut fpu = false;
+    for i in 0..insn.op_count() {
+        match insn.op_kind(i) {
+            OpKind::Register => {
+                let r = insn.op_register(i);
+                if r.is_segment_register()
+                    || r.is_cr()
+                    || r.is_dr()
+                    || r.is_tr()
+                    || r.is_bnd()
+                    || r.is_tmm()
+                {
+                    return None;
+                }
+                fpu |= r.is_vector_register() || r.is_mm() || r.is_st() || r.is_k();
+            }
+            OpKind::Memory => {}
+            OpKind::Immediate8
+            | OpKind::Immediate8_2nd
+            | OpKind::Immediate16
+            | OpKind::Immediate32
+            | OpKind::Immediate64
+            | OpKind::Immediate8to16
+            | OpKind::Immediate8to32
+            | OpKind::Immediate8to64
+            | OpKind::Immediate32to64 => {}
+            _ => return None,
+        }
+    }
+    let enc = Encoding::parse(bytes, insn, ctx.code_size())?;
+    let mem = (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Memory);
+    if mem != enc.has_memory() || mem && (!address_ok(insn, ctx) || access_size(insn) == 0) {
+        return None;
+    }
+    // A LOCK prefix on anything but a memory destination is #UD.
+    if insn.has_lock_prefix() && !mem {
+        return None;
+    }
+    let feature = Fpu::needed_by(insn);
+    fpu |= feature != Fpu::None;
+    if fpu {
+        let level = if feature == Fpu::None {
+            Fpu::Sse
+        } else {
+            feature
+        };
+        if level > ctx.fpu() {
+            return None;
+        }
+    }
+    if insn.encoding() != EncodingKind::Legacy && ctx.fpu() < Fpu::Avx && fpu {
+        return None;
+    }
+    Some((enc, fpu))
+}
+
+/// Bytes that the memory operand covers, 0 if it is not known.
+pub fn access_size(insn: &Instruction) -> usize {
+    let size = insn.memory_size();
+    if matches!(
+        insn.mnemonic(),
+        Mnemonic::Clflush | Mnemonic::Clflushopt | Mnemonic::Clwb
+    ) {
+        return 1;
+    }
+    if insn.is_broadcast() {
+        size.element_size()
+    } else {
+        size.size()
+    }
+}
+
+/// Computes liveness backwards; returns what is live on entry.
+fn liveness(
+    ops: &mut [Op],
+    page: &[u8; 4096],
+    ctx: Context,
+    end: usize,
+    closed: bool,
+    lines: &mut u64,
+) -> u32 {
+    let mut live = if closed {
+        ARITH
+    } else {
+        peek(page, end as i64, ctx, lines)
+    };
+    for o in ops.iter_mut().rev() {
+        match o.kind {
+            Kind::Jcc(_, target) => {
+                o.live_target = peek(page, target, ctx, lines);
+                o.live_after = live;
+                live |= o.live_target | o.reads;
+            }
+            Kind::Jmp(target) | Kind::Call(target) => {
+                o.live_target = peek(page, target, ctx, lines);
+                o.live_after = o.live_target;
+                live = o.live_target;
+            }
+            _ => {
+                o.live_after = live;
+                live = live & !o.kills | o.reads;
+            }
+        }
+        o.live_before = live;
+    }
+    live
+}
+
+/// Flags live at offset `at` of the page, by a short look ahead; all of them outside the page.
+fn peek(page: &[u8; 4096], at: i64, ctx: Context, lines: &mut u64) -> u32 {
+    let Ok(mut at) = usize::try_from(at) else {
+        return ARITH;
+    };
+    if at >= 4096 {
+        return ARITH;
+    }
+    let mut undecided = ARITH;
+    let mut live = 0;
+    let mut decoder = Decoder::with_ip(bits(ctx), &page[at..], at as u64, DecoderOptions::NONE);
+    for _ in 0..8 {
+        let insn = decoder.decode();
+        if insn.is_invalid() {
+            break;
+        }
+        let o = op_of(&insn, &page[at..at + insn.len()], at as u16, ctx);
+        live |= o.reads & undecided;
+        let stop = insn.flow_control() != FlowControl::Next;
+        if !stop {
+            undecided &= !o.kills;
+        }
+        *lines |= crate::cache::lines_of(at, insn.len());
+        at += insn.len();
+        if stop || undecided == 0 || at >= 4096 {
+            break;
+        }
+    }
+    live | undecided
+}

@@ -1,0 +1,204 @@
+//! What emitted code reaches through `gs`: one block of memory per vCPU.
+
+use std::mem::offset_of;
+use std::sync::atomic::{AtomicU32, Ordering};
+use x86emu::state::CpuState;
+
+/// Entries of each software TLB; a power of two.
+pub const TLB_ENTRIES: usize = 1024;
+/// Entries of each jump cache; a power of two.
+pub const JUMP_ENTRIES: usize = 4096;
+
+/// Which of the three software TLBs a context uses.
+///
+/// One per set of permissions, so that a change of CPL or RFLAGS.AC needs no flush.
+pub const TLB_USER: usize = 0;
+/// Supervisor accesses with SMAP in force.
+pub const TLB_KERNEL: usize = 1;
+/// Supervisor accesses to user pages allowed (RFLAGS.AC, or no SMAP).
+pub const TLB_KERNEL_AC: usize = 2;
+
+/// One translation of the software TLB.
+///
+/// A tag is the linear address of the page. An invalid entry carries a page-aligned tag that maps to
+/// another index, so that no address can match it.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct TlbEntry {
+    /// Page that may be read.
+    pub read: u64,
+    /// Page that may be written without further notice.
+    pub write: u64,
+    /// Host address of the page.
+    pub host: u64,
+    /// Guest-physical address of the page, bit 0: global.
+    pub gpa: u64,
+}
+
+/// One entry of the jump cache: a linear address and the code for it.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct JumpEntry {
+    /// Linear address of the target; `u64::MAX` when empty.
+    pub pc: u64,
+    /// Indirect entry point of its translation.
+    pub host: u64,
+}
+
+/// Everything that emitted code addresses. `gs` points at it while guest code runs.
+#[repr(C, align(4096))]
+pub struct VcpuMem {
+    /// Architectural state. While translated code runs, general registers live in host registers
+    /// (see `translate`), RIP is `pc_base` plus the place in the code, and the arithmetic flags of
+    /// `rflags` are zero: they are in EFLAGS or in `flags`.
+    pub cpu: CpuState,
+    /// Nonzero: leave translated code at the next poll.
+    pub attention: AtomicU32,
+    /// Nonzero: an interrupt waits for RFLAGS.IF.
+    pub irq_window: u32,
+    /// Arithmetic flags as LAHF and SETO leave them in AX.
+    pub flags: u32,
+    /// The guest's x87/SSE/AVX state is in the host's registers.
+    pub fpu_loaded: u32,
+    /// Set by the exit stub when it saved the FPU; what it loads again before it continues.
+    pub fpu_reload: u32,
+    /// MXCSR for host code.
+    pub host_mxcsr: u32,
+    /// XSAVE mask.
+    pub xsave_mask: u32,
+    /// Context of the running code.
+    pub ctx: u32,
+    /// Linear address of the page that the running block lies in.
+    pub pc_base: u64,
+    /// Return address of the last call to a stub: where its inline data is.
+    pub ret_addr: u64,
+    /// Scratch register T at the last exit; loaded again on entry.
+    pub t: u64,
+    /// Where to continue.
+    pub cont: u64,
+    /// Host stack pointer inside the entry stub.
+    pub host_rsp: u64,
+    /// Host pc of a fault in translated code, zero when none.
+    pub fault_pc: u64,
+    /// This block's own address.
+    pub this: u64,
+    /// The running `run::Runner`, valid while `run` is on the stack.
+    pub runner: u64,
+    /// Spill slots of emitted code.
+    pub spill: [u64; 4],
+    /// Translation caches.
+    pub caches: crate::tlb::Caches,
+}
+
+macro_rules! offsets {
+    ($($name:ident = $($field:tt).+;)*) => {
+        /// `gs` displacements of the fields.
+        pub mod off {
+            #![allow(missing_docs)]
+            use super::*;
+            $(pub const $name: i32 = offset_of!(VcpuMem, $($field).+) as i32;)*
+        }
+    };
+}
+
+offsets! {
+    GPR = cpu.gpr;
+    RFLAGS = cpu.rflags;
+    SEG = cpu.seg;
+    XSAVE = cpu.xsave;
+    TSC_OFFSET = cpu.tsc_offset;
+    KERNEL_GS_BASE = cpu.kernel_gs_base;
+    ATTENTION = attention;
+    IRQ_WINDOW = irq_window;
+    FLAGS = flags;
+    FPU_LOADED = fpu_loaded;
+    FPU_RELOAD = fpu_reload;
+    HOST_MXCSR = host_mxcsr;
+    XSAVE_MASK = xsave_mask;
+    PC_BASE = pc_base;
+    RET_ADDR = ret_addr;
+    T = t;
+    CONT = cont;
+    HOST_RSP = host_rsp;
+    FAULT_PC = fault_pc;
+    THIS = this;
+    SPILL = spill;
+    TLB = caches.tlb;
+    JUMPS = caches.jumps;
+}
+
+/// `gs` displacement of a general register's slot.
+pub fn gpr_slot(n: u8) -> i32 {
+    off::GPR + 8 * i32::from(n)
+}
+
+/// `gs` displacement of a segment's base.
+pub fn seg_base(n: usize) -> i32 {
+    off::SEG
+        + (n * size_of::<x86emu::state::Segment>()) as i32
+        + offset_of!(x86emu::state::Segment, base) as i32
+}
+
+/// `gs` displacement of a TLB.
+pub fn tlb_base(which: usize) -> i32 {
+    off::TLB + (which * size_of::<[TlbEntry; TLB_ENTRIES]>()) as i32
+}
+
+/// `gs` displacement of a jump cache; there is one beside each TLB.
+pub fn jumps_base(which: usize) -> i32 {
+    off::JUMPS + (which * size_of::<[JumpEntry; JUMP_ENTRIES]>()) as i32
+}
+
+/// Index of a linear address in a TLB.
+pub fn tlb_index(gva: u64) -> usize {
+    (gva >> 12) as usize & (TLB_ENTRIES - 1)
+}
+
+/// Index of a linear address in a jump cache; emitted code computes the same.
+pub fn jump_index(pc: u64) -> usize {
+    (pc ^ pc.rotate_right(12)) as usize & (JUMP_ENTRIES - 1)
+}
+
+impl TlbEntry {
+    /// An entry that matches nothing, for index `i`.
+    pub fn invalid(i: usize) -> Self {
+        let tag = ((i ^ 1) as u64) << 12;
+        TlbEntry {
+            read: tag,
+            write: tag,
+            host: 0,
+            gpa: 0,
+        }
+    }
+}
+
+impl JumpEntry {
+    /// An empty entry. No code starts at the last byte of the address space.
+    pub const EMPTY: JumpEntry = JumpEntry {
+        pc: u64::MAX,
+        host: 0,
+    };
+}
+
+impl VcpuMem {
+    /// RFLAGS with the arithmetic flags put back in.
+    pub fn compose_flags(&mut self) {
+        let f = u64::from(self.flags);
+        self.cpu.rflags = self.cpu.rflags & !ARITH | (f >> 8) & 0xd5 | (f & 1) << 11;
+    }
+
+    /// Moves the arithmetic flags out of RFLAGS, as translated code expects them.
+    pub fn split_flags(&mut self) {
+        let f = self.cpu.rflags;
+        self.flags = ((f & 0xd5) << 8 | (f >> 11) & 1) as u32;
+        self.cpu.rflags = f & !ARITH | 2;
+    }
+
+    /// The attention flag is raised.
+    pub fn attention(&self) -> bool {
+        self.attention.load(Ordering::Acquire) != 0
+    }
+}
+
+/// CF, PF, AF, ZF, SF, OF.
+pub const ARITH: u64 = 0x8d5;

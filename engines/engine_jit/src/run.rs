@@ -1,0 +1,651 @@
+//! Running: the dispatch loop, and the helpers that translated code calls.
+//!
+//! A helper is called with the guest's registers saved in [`VcpuMem`]. It returns the host address
+//! where translated code goes on, or 0 to come back to [`Runner::run`].
+#![expect(unsafe_code, reason = "enters emitted code, and is entered by it")]
+
+use crate::context::Context;
+use crate::env::{JitEnv, Written};
+use crate::frontend;
+use crate::layout::{VcpuMem, jump_index};
+use crate::stubs::Helpers;
+use crate::translate::{meta, translate};
+use crate::world::{PAGE_CODE, PAGE_WRITTEN, VcpuBox, World};
+use crate::{cache, signal};
+use std::sync::atomic::Ordering;
+use x86emu::env::{Env, Exit, Stop};
+use x86emu::event::{self, Event};
+use x86emu::paging::{self, Access};
+use x86emu::state::{CodeSize, sreg};
+
+/// The helpers' addresses.
+pub const HELPERS: Helpers = Helpers {
+    link: helper_link,
+    jump: helper_jump,
+    memory: helper_memory,
+    interpret: helper_interpret,
+    poll: helper_poll,
+    dead: helper_dead,
+    fault: helper_fault,
+};
+
+const TF: u64 = 1 << 8;
+const IF: u64 = 1 << 9;
+
+/// One [`kvm_core::engine::EngineVcpu::run`] in progress.
+pub struct Runner<'a> {
+    vm: &'a mut VcpuMem,
+    env: &'a mut dyn Env,
+    world: &'a World,
+    me: &'a VcpuBox,
+    exit: Option<Exit>,
+    written: Written,
+    stats: &'a mut Stats,
+}
+
+/// Event counts of one vCPU.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stats {
+    /// Instructions left to the interpreter.
+    pub interpreted: u64,
+    /// TLB fills.
+    pub fills: u64,
+    /// Jumps that missed the jump cache.
+    pub jumps: u64,
+    /// Blocks linked.
+    pub links: u64,
+    /// Exceptions delivered.
+    pub exceptions: u64,
+    /// Guest instructions translated.
+    pub translated: u64,
+    /// Interpreted instructions by iced mnemonic, when `ANYKVM_JIT_PROFILE` is set.
+    pub profile: bool,
+}
+
+/// What became of one interpreted instruction.
+enum Stepped {
+    /// It retired.
+    Retired,
+    /// An exception was delivered, or the world was stopped.
+    Redirected,
+    /// Guest mode must be left.
+    Exit(Exit),
+}
+
+impl<'a> Runner<'a> {
+    /// A runner for `me`, whose memory is `vm`.
+    pub fn new(
+        vm: &'a mut VcpuMem,
+        env: &'a mut dyn Env,
+        world: &'a World,
+        me: &'a VcpuBox,
+        stats: &'a mut Stats,
+    ) -> Self {
+        Runner {
+            vm,
+            env,
+            world,
+            me,
+            exit: None,
+            written: Written::default(),
+            stats,
+        }
+    }
+
+    /// Runs guest code until an exit.
+    pub fn run(mut self) -> Exit {
+        let vm: *mut VcpuMem = self.vm;
+        let runner: *mut Runner<'_> = &mut self;
+        // SAFETY: `vm` and `runner` are valid for the whole function. Emitted code and helpers use
+        // them only within `enter`, during which this frame makes no use of `self`.
+        unsafe {
+            (*vm).runner = runner as u64;
+            (*vm).xsave_mask = (*runner).world.xsave_mask;
+            signal::set_gs(vm as u64);
+            let world = (*runner).world;
+            let enter: extern "sysv64" fn(u64) = std::mem::transmute(world.stubs.enter);
+            let guard = signal::Translated::new(world.code.clone(), vm, world.stubs.fault);
+            let exit = loop {
+                if let Some(exit) = (*runner).exit.take() {
+                    break exit;
+                }
+                if let Some(exit) = (*runner).interrupted() {
+                    break exit;
+                }
+                if (*runner).single_step() {
+                    match (*runner).step() {
+                        Stepped::Retired | Stepped::Redirected => continue,
+                        Stepped::Exit(exit) => break exit,
+                    }
+                }
+                let entry = (*runner).dispatch();
+                if entry != 0 {
+                    enter(entry);
+                }
+            };
+            drop(guard);
+            (*vm).runner = 0;
+            exit
+        }
+    }
+
+    /// Interprets one instruction.
+    pub fn step_once(mut self) -> Option<Exit> {
+        match self.step() {
+            Stepped::Retired => None,
+            Stepped::Redirected => self.exit.take(),
+            Stepped::Exit(exit) => Some(exit),
+        }
+    }
+
+    fn interrupted(&self) -> Option<Exit> {
+        let cpu = &self.vm.cpu;
+        let window = self.vm.irq_window != 0 && cpu.rflags & IF != 0 && cpu.shadow == 0;
+        (self.vm.attention() || window).then_some(Exit::Interrupted)
+    }
+
+    /// The next instruction must be interpreted by itself.
+    fn single_step(&self) -> bool {
+        let cpu = &self.vm.cpu;
+        cpu.shadow != 0
+            || cpu.rflags & TF != 0
+            || cpu.dr7 & 0xff != 0
+            || Context::of(cpu).interpret_only()
+            || cpu.code_size() == CodeSize::Bits16
+    }
+
+    /// Interprets one instruction and delivers the exception it may raise.
+    fn step(&mut self) -> Stepped {
+        self.stats.interpreted += 1;
+        let cr3 = self.vm.cpu.cr3;
+        let VcpuMem { cpu, caches, .. } = &mut *self.vm;
+        let mut env = JitEnv {
+            inner: &mut *self.env,
+            world: self.world,
+            caches,
+            written: &mut self.written,
+        };
+        let result = match x86emu::interp::step(cpu, &mut env) {
+            Ok(()) => Stepped::Retired,
+            Err(Stop::Exit(exit)) => Stepped::Exit(exit),
+            Err(Stop::Exception(e)) => {
+                self.stats.exceptions += 1;
+                match event::deliver(cpu, &mut env, Event::from(e)) {
+                    Ok(()) => Stepped::Redirected,
+                    Err(exit) => Stepped::Exit(exit),
+                }
+            }
+        };
+        if cpu.cr3 != cr3 {
+            // With CR3 bit 63 set no flush was asked for, but only one PCID is cached.
+            caches.flush_non_global();
+        }
+        if !self.written.is_empty() && !self.kill_written() {
+            return match result {
+                Stepped::Retired => Stepped::Redirected,
+                other => other,
+            };
+        }
+        result
+    }
+
+    /// Invalidates translations of what the last instruction wrote. False if the vCPU must leave.
+    fn kill_written(&mut self) -> bool {
+        let list: Vec<(u64, u64)> = self.written.take().collect();
+        list.into_iter().all(|(gfn, lines)| self.kill(gfn, lines))
+    }
+
+    fn kill(&mut self, gfn: u64, lines: u64) -> bool {
+        let Some(mut cache) = self.world.cache(self.me) else {
+            // The world was stopped while waiting; the write stands, so try again at once.
+            self.vm.attention.store(1, Ordering::SeqCst);
+            let mut cache = self.world.cache_outside();
+            Self::kill_locked(self.world, &mut cache, None, gfn, lines);
+            return false;
+        };
+        Self::kill_locked(self.world, &mut cache, Some(self.me), gfn, lines);
+        true
+    }
+
+    fn kill_locked(
+        world: &World,
+        cache: &mut cache::Cache,
+        me: Option<&VcpuBox>,
+        gfn: u64,
+        lines: u64,
+    ) {
+        if cache.page_lines(gfn) & lines == 0 {
+            return;
+        }
+        world.stopped(cache, me, |_| {});
+        cache.kill(gfn, lines);
+        if !cache.has_code(gfn)
+            && let Some(flags) = world.code_map.page(gfn << 12)
+        {
+            flags.fetch_and(!PAGE_CODE, Ordering::AcqRel);
+        }
+    }
+
+    /// Linear address of the next instruction.
+    fn linear_pc(&self) -> u64 {
+        let cpu = &self.vm.cpu;
+        if cpu.code_size() == CodeSize::Bits64 {
+            cpu.rip
+        } else {
+            (cpu.rip as u32)
+                .wrapping_add(cpu.seg[sreg::CS].base as u32)
+                .into()
+        }
+    }
+
+    /// Finds or makes the translation for the current state; its indirect entry, prepared to be
+    /// jumped to. 0 if the dispatch loop must look first.
+    fn dispatch(&mut self) -> u64 {
+        loop {
+            if self.exit.is_some() || self.interrupted().is_some() || self.single_step() {
+                return 0;
+            }
+            let ctx = Context::of(&self.vm.cpu);
+            let pc = self.linear_pc();
+            self.vm.ctx = ctx.0;
+            self.vm.caches.enter_context(ctx.tlb(), ctx.0);
+            let phys = match self.code_page(ctx, pc) {
+                Ok(Some(phys)) => phys,
+                Ok(None) => {
+                    // Not RAM, not canonical, or a page fault: the interpreter sorts it out.
+                    match self.step() {
+                        Stepped::Exit(exit) => self.exit = Some(exit),
+                        Stepped::Retired | Stepped::Redirected => {}
+                    }
+                    continue;
+                }
+                Err(()) => return 0,
+            };
+            let Some(entry) = self.block(phys, ctx, |b| b.indirect) else {
+                return 0;
+            };
+            self.vm.caches.fill_jump(ctx.tlb(), pc, entry);
+            self.vm.t = pc;
+            self.vm.fpu_reload = 0;
+            self.vm.split_flags();
+            return entry;
+        }
+    }
+
+    /// Guest-physical address of the code at linear address `pc`. `Err`: leave guest code.
+    fn code_page(&mut self, ctx: Context, pc: u64) -> Result<Option<u64>, ()> {
+        if let Some(gpa) = self.vm.caches.code_page(ctx.user(), pc) {
+            return Ok(Some(gpa | pc & 0xfff));
+        }
+        let VcpuMem { cpu, caches, .. } = &mut *self.vm;
+        if !paging::canonical(cpu, pc) {
+            return Ok(None);
+        }
+        let mut env = JitEnv {
+            inner: &mut *self.env,
+            world: self.world,
+            caches,
+            written: &mut self.written,
+        };
+        let features = *env.features();
+        let Ok(m) = paging::walk(cpu, &features, &mut env, pc, Access::fetch(cpu)) else {
+            return Ok(None);
+        };
+        let gfn = m.gpa >> 12;
+        let Some(flags) = self.world.code_map.page(m.gpa) else {
+            return Ok(None);
+        };
+        if self.env.host_ptr(gfn << 12, 4096, false).is_none() {
+            return Ok(None);
+        }
+        if flags.load(Ordering::Acquire) & PAGE_CODE != 0 {
+            // A device or user space may have replaced the code without a write that was seen.
+            let now = self.read_page(gfn).ok_or(())?;
+            let stale = match self.world.cache(self.me) {
+                Some(cache) => cache.stale_lines(gfn, &now),
+                None => return self.leave(),
+            };
+            if stale != 0 && !self.kill(gfn, stale) {
+                return self.leave();
+            }
+        }
+        self.vm.caches.fill_code(ctx.user(), pc, m.gpa);
+        Ok(Some(m.gpa))
+    }
+
+    fn leave<T>(&mut self) -> Result<T, ()> {
+        self.exit = Some(Exit::Interrupted);
+        Err(())
+    }
+
+    fn read_page(&mut self, gfn: u64) -> Option<[u8; 4096]> {
+        let p = self.env.host_ptr(gfn << 12, 4096, false)?;
+        let mut page = [0u8; 4096];
+        // SAFETY: `host_ptr` vouches for 4096 bytes of guest RAM. Other vCPUs may write them; each
+        // byte is read once, and a torn instruction is found when its page is checked again.
+        unsafe {
+            std::ptr::copy_nonoverlapping(p, page.as_mut_ptr(), 4096);
+        }
+        Some(page)
+    }
+
+    /// The block at a guest-physical address, translated if need be. `None`: leave guest code.
+    fn block<R>(&mut self, phys: u64, ctx: Context, f: impl Fn(&cache::Block) -> R) -> Option<R> {
+        let world = self.world;
+        let Some(mut cache) = world.cache(self.me) else {
+            self.exit = Some(Exit::Interrupted);
+            return None;
+        };
+        if let Some(b) = cache.find(phys, ctx.0) {
+            return Some(f(b));
+        }
+        let gfn = phys >> 12;
+        let flags = world.code_map.page(phys)?;
+        // From here on writes to the page are noticed: first the mark, then everyone's TLB, then the
+        // bytes are read.
+        let before = flags.fetch_or(PAGE_CODE, Ordering::AcqRel);
+        if before & PAGE_WRITTEN != 0 {
+            flags.fetch_and(!PAGE_WRITTEN, Ordering::AcqRel);
+            self.vm.caches.unwrite(phys);
+            world.stopped(&mut cache, Some(self.me), |c| c.unwrite(phys));
+        }
+        let page = self.read_page(gfn)?;
+        if cache.arena.left() < 1 << 20 {
+            world.stopped(&mut cache, Some(self.me), |c| c.flush_code());
+            self.vm.caches.flush_code();
+            let gfns: Vec<u64> = cache.gfns().collect();
+            cache.clear();
+            for g in gfns.into_iter().filter(|&g| g != gfn) {
+                if let Some(f) = world.code_map.page(g << 12) {
+                    f.fetch_and(!PAGE_CODE, Ordering::AcqRel);
+                }
+            }
+        }
+        let start = (phys & 0xfff) as usize;
+        let decoded = frontend::decode(&page, start, ctx);
+        let base = cache.arena.next();
+        let code = translate(&decoded, start as u16, ctx, &world.stubs, base, world.bmi2);
+        self.stats.translated += decoded.ops.len() as u64;
+        let Some(at) = cache.arena.push(&code.bytes) else {
+            self.exit = Some(Exit::InternalError);
+            return None;
+        };
+        let block = cache::Block {
+            phys,
+            ctx: ctx.0,
+            indirect: at,
+            direct: at + code.direct as u64,
+            direct_fpu: at + code.direct_fpu as u64,
+            end: at + code.bytes.len() as u64,
+            live_in: decoded.live_in != 0,
+            fpu: decoded.fpu,
+            lines: decoded.lines,
+            dead: false,
+            map: code.map.into_boxed_slice(),
+        };
+        let r = f(&block);
+        cache.insert(block, &page);
+        Some(r)
+    }
+
+    /// Sets RIP to a page offset of the running block and puts the flags together.
+    fn sync(&mut self, offset: u32) {
+        let pc = self.vm.pc_base.wrapping_add(u64::from(offset));
+        self.sync_linear(pc);
+    }
+
+    fn sync_linear(&mut self, pc: u64) {
+        self.vm.compose_flags();
+        self.vm.cpu.rip = if Context(self.vm.ctx).code_size() == CodeSize::Bits64 {
+            pc
+        } else {
+            pc & 0xffff_ffff
+        };
+    }
+
+    /// Interprets the instruction that a stub's inline data describes, and continues behind it at
+    /// `resume` if the block still holds.
+    fn interpret(&mut self, word: u32, resume: u64) -> u64 {
+        self.sync(word & 0xfff);
+        let (rip, ctx) = (self.vm.cpu.rip, self.vm.ctx);
+        let next = rip.wrapping_add(u64::from(word >> meta::LEN_SHIFT & 15));
+        let epoch = self.epoch();
+        match self.step() {
+            Stepped::Retired => {}
+            Stepped::Redirected => return self.dispatch(),
+            Stepped::Exit(exit) => {
+                self.exit = Some(exit);
+                return 0;
+            }
+        }
+        let stay = word & meta::LEAVES == 0
+            && self.vm.cpu.rip == next
+            && Context::of(&self.vm.cpu).0 == ctx
+            && self.vm.cpu.shadow == 0
+            && self.vm.cpu.rflags & TF == 0
+            && self.vm.cpu.dr7 & 0xff == 0
+            && self.interrupted().is_none()
+            && epoch == self.epoch();
+        if !stay {
+            return self.dispatch();
+        }
+        if word & meta::FPU == 0 {
+            self.vm.fpu_reload = 0;
+        }
+        self.vm.split_flags();
+        resume
+    }
+
+    fn epoch(&self) -> u64 {
+        self.world.epoch()
+    }
+
+    /// Enters the translation of `gva` into the TLB. False if the access needs the interpreter.
+    fn fill(&mut self, gva: u64, size: u32, write: bool) -> bool {
+        if (gva & 0xfff) + u64::from(size) > 4096 {
+            return false;
+        }
+        let which = Context(self.vm.ctx).tlb();
+        let VcpuMem { cpu, caches, .. } = &mut *self.vm;
+        if !paging::canonical(cpu, gva) {
+            return false;
+        }
+        let features = *self.env.features();
+        let access = if write {
+            Access::write(cpu)
+        } else {
+            Access::read(cpu)
+        };
+        let mut env = JitEnv {
+            inner: &mut *self.env,
+            world: self.world,
+            caches,
+            written: &mut self.written,
+        };
+        let m = match paging::walk(cpu, &features, &mut env, gva, access) {
+            Ok(m) => m,
+            Err(_) => return false,
+        };
+        if !self.written.is_empty() && !self.kill_written() {
+            return false;
+        }
+        let page = m.gpa & !0xfff;
+        let Some(flags) = self.world.code_map.page(page) else {
+            return false;
+        };
+        if write {
+            // Marked before the check, so that a translation made meanwhile sees it.
+            let before = flags.fetch_or(PAGE_WRITTEN, Ordering::AcqRel);
+            if before & PAGE_CODE != 0 {
+                return false;
+            }
+        }
+        let Some(host) = self.env.host_ptr(page, 4096, write) else {
+            return false;
+        };
+        self.stats.fills += 1;
+        self.vm.caches.fill(
+            which,
+            gva,
+            page,
+            host as u64,
+            write,
+            m.global,
+            m.page_bits > 12,
+        );
+        true
+    }
+}
+
+/// The runner that emitted code belongs to.
+///
+/// # Safety
+/// Called from a helper, that is within `enter`, where `Runner::run` has stored it.
+unsafe fn runner<'a>(vm: *mut VcpuMem) -> &'a mut Runner<'a> {
+    // SAFETY: see above; `run` makes no use of its own reference while `enter` is on the stack.
+    unsafe { &mut *((*vm).runner as *mut Runner<'a>) }
+}
+
+/// The word at `p`.
+///
+/// # Safety
+/// `p` points at inline data behind a stub call.
+unsafe fn word(p: *const u8) -> u32 {
+    // SAFETY: emitted there by `translate`.
+    unsafe { p.cast::<u32>().read_unaligned() }
+}
+
+/// An address relative to the word at `p` that holds the distance.
+///
+/// # Safety
+/// As for [`word`].
+unsafe fn relative(p: *const u8) -> u64 {
+    // SAFETY: the caller's promise.
+    let d = unsafe { word(p) } as i32;
+    (p as u64).wrapping_add(i64::from(d) as u64)
+}
+
+extern "sysv64" fn helper_interpret(vm: *mut VcpuMem, ret: *const u8) -> u64 {
+    // SAFETY: called by the stub with its contract.
+    unsafe { runner(vm).interpret(word(ret), ret as u64 + 4) }
+}
+
+extern "sysv64" fn helper_memory(vm: *mut VcpuMem, ret: *const u8) -> u64 {
+    // SAFETY: called by the stub with its contract.
+    let (r, w, retry) = unsafe { (runner(vm), word(ret), relative(ret.add(4))) };
+    let epoch = r.epoch();
+    let gva = r.vm.t;
+    if r.fill(gva, w >> meta::SIZE_SHIFT, w & meta::WRITE != 0) && r.epoch() == epoch {
+        if w & meta::FPU == 0 {
+            r.vm.fpu_reload = 0;
+        }
+        return retry;
+    }
+    r.interpret(w, ret as u64 + 8)
+}
+
+extern "sysv64" fn helper_link(vm: *mut VcpuMem, ret: *const u8) -> u64 {
+    // SAFETY: called by the stub with its contract.
+    let (r, w, site) = unsafe { (runner(vm), word(ret), relative(ret.add(4))) };
+    r.stats.links += 1;
+    let ctx = Context(r.vm.ctx);
+    let offset = w & 0xfff;
+    r.sync(offset);
+    let source = {
+        let Some(cache) = r.world.cache(r.me) else {
+            r.exit = Some(Exit::Interrupted);
+            return 0;
+        };
+        cache
+            .block_at(ret as u64)
+            .filter(|b| !b.dead)
+            .map(|b| (b.phys & !0xfff, r.world.epoch()))
+    };
+    if let Some((page, epoch)) = source {
+        let fpu = w & meta::FPU != 0;
+        let Some((target, indirect)) = r.block(page | u64::from(offset), ctx, |b| {
+            (
+                if fpu && b.fpu { b.direct_fpu } else { b.direct },
+                b.indirect,
+            )
+        }) else {
+            return 0;
+        };
+        let Some(mut cache) = r.world.cache(r.me) else {
+            r.exit = Some(Exit::Interrupted);
+            return 0;
+        };
+        if r.world.epoch() == epoch {
+            let rel = target.wrapping_sub(site + 4) as u32;
+            cache.arena.patch(site, &rel.to_le_bytes());
+            drop(cache);
+            if r.interrupted().is_none() {
+                r.vm.t = r.linear_pc();
+                r.vm.fpu_reload = 0;
+                r.vm.split_flags();
+                return indirect;
+            }
+        }
+    }
+    r.dispatch()
+}
+
+extern "sysv64" fn helper_jump(vm: *mut VcpuMem, _: *const u8) -> u64 {
+    // SAFETY: called by the stub with its contract.
+    let r = unsafe { runner(vm) };
+    r.stats.jumps += 1;
+    r.sync_linear(r.vm.t);
+    debug_assert!(jump_index(r.vm.t) < crate::layout::JUMP_ENTRIES);
+    r.dispatch()
+}
+
+extern "sysv64" fn helper_poll(vm: *mut VcpuMem, ret: *const u8) -> u64 {
+    // SAFETY: called by the stub with its contract.
+    let (r, w) = unsafe { (runner(vm), word(ret)) };
+    r.sync(w & 0xfff);
+    r.dispatch()
+}
+
+extern "sysv64" fn helper_dead(vm: *mut VcpuMem, ret: *const u8) -> u64 {
+    // SAFETY: called by the stub with its contract.
+    let (r, w) = unsafe { (runner(vm), word(ret)) };
+    r.sync(w & 0xfff);
+    let entry = r.dispatch();
+    if entry != 0
+        && let Some(mut cache) = r.world.cache(r.me)
+    {
+        cache.heal(ret as u64 - 5, entry);
+    }
+    entry
+}
+
+extern "sysv64" fn helper_fault(vm: *mut VcpuMem, _: *const u8) -> u64 {
+    // SAFETY: called by the stub with its contract.
+    let r = unsafe { runner(vm) };
+    let pc = std::mem::take(&mut r.vm.fault_pc);
+    let offset = {
+        let Some(cache) = r.world.cache(r.me) else {
+            // The instruction has not executed; it is found again when its code is.
+            r.exit = Some(Exit::InternalError);
+            return 0;
+        };
+        cache.block_at(pc).and_then(|b| {
+            let at = (pc - b.indirect) as u32;
+            let i = b.map.partition_point(|m| m.0 <= at).checked_sub(1)?;
+            Some(u32::from(b.map[i].1))
+        })
+    };
+    let Some(offset) = offset else {
+        log::error!("engine_jit: host fault at {pc:#x}, which is no translated instruction");
+        r.exit = Some(Exit::InternalError);
+        return 0;
+    };
+    r.sync(offset);
+    match r.step() {
+        Stepped::Retired | Stepped::Redirected => r.dispatch(),
+        Stepped::Exit(exit) => {
+            r.exit = Some(exit);
+            0
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! The hand-written code at the start of the arena: entry into translated code, and the ways out of
+//! it into Rust.
+
+use crate::asm::{Asm, Mem, Size, cc, reg};
+use crate::layout::{gpr_slot, off};
+
+/// Guest register held by each host register while translated code runs: RAX-R12 as they are, R13
+/// holds the guest's RSP. The guest's R13-R15 live in memory; R14 and R15 are scratch.
+pub const GUEST_RSP: u8 = reg::R13;
+/// First scratch register: addresses, then page offsets.
+pub const T: u8 = reg::R14;
+/// Second scratch register: TLB index, then the host page.
+pub const I: u8 = reg::R15;
+
+/// Functions that stubs call: `(vcpu memory, address of inline data) -> where to continue, or 0`.
+pub type Helper = extern "sysv64" fn(*mut crate::layout::VcpuMem, *const u8) -> u64;
+
+/// The helpers, in the order of the stubs.
+#[derive(Clone, Copy)]
+pub struct Helpers {
+    /// A direct jump within a page to code that has not been linked yet.
+    pub link: Helper,
+    /// A jump to the linear address in T that the jump cache does not know.
+    pub jump: Helper,
+    /// A memory access that the TLB does not know.
+    pub memory: Helper,
+    /// An instruction that the interpreter executes.
+    pub interpret: Helper,
+    /// The attention flag was up at a poll.
+    pub poll: Helper,
+    /// A block that was invalidated.
+    pub dead: Helper,
+    /// A host fault in translated code.
+    pub fault: Helper,
+}
+
+/// Addresses of the stubs.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stubs {
+    /// `extern "sysv64" fn(continue at)`: runs translated code until a helper returns 0.
+    pub enter: u64,
+    /// See [`Helpers`]; the ones reached by `call` have inline data behind the call.
+    pub link: u64,
+    /// Reached by `jmp`.
+    pub jump: u64,
+    /// Reached by `call`.
+    pub memory: u64,
+    /// Reached by `call`.
+    pub interpret: u64,
+    /// Reached by `call`.
+    pub poll: u64,
+    /// Reached by `call`.
+    pub dead: u64,
+    /// Reached from the signal handler.
+    pub fault: u64,
+    /// `call`: loads the guest's FPU state. Clobbers nothing but T and I.
+    pub load_fpu: u64,
+}
+
+/// Emits all stubs. `avx`: the host has AVX enabled.
+pub fn emit(a: &mut Asm, helpers: &Helpers, avx: bool) -> Stubs {
+    let mut s = Stubs::default();
+    let callee_saved = [reg::RBX, reg::RBP, 12, 13, 14, 15];
+
+    // enter(cont)
+    s.enter = a.pc();
+    for r in callee_saved {
+        push(a, r);
+    }
+    a.alu_imm(Size::Q, 5, reg::RSP, 8);
+    a.store(Size::Q, Mem::Gs(off::HOST_RSP), reg::RSP);
+    a.store(Size::Q, Mem::Gs(off::CONT), reg::RDI);
+
+    let resume = a.here();
+    for r in (0..13).filter(|&r| r != reg::RSP) {
+        a.load(Size::Q, r, Mem::Gs(gpr_slot(r)));
+    }
+    a.load(Size::Q, GUEST_RSP, Mem::Gs(gpr_slot(reg::RSP)));
+    a.load(Size::Q, T, Mem::Gs(off::T));
+    a.jmp_mem(Mem::Gs(off::CONT));
+
+    // The FPU out of line: save, and load again.
+    let save_fpu = a.here();
+    a.load(Size::D, reg::RAX, Mem::Gs(off::XSAVE_MASK));
+    a.mov_imm(reg::RDX, 0);
+    a.op_mem(Size::Q, &[0x0f, 0xae], 4, Mem::Gs(off::XSAVE)); // xsave64
+    if avx {
+        a.bytes(&[0xc5, 0xf8, 0x77]); // vzeroupper
+    }
+    a.bytes(&[0xdb, 0xe3]); // fninit
+    a.op_mem(Size::D, &[0x0f, 0xae], 2, Mem::Gs(off::HOST_MXCSR)); // ldmxcsr
+    a.store_imm(Size::D, Mem::Gs(off::FPU_LOADED), 0);
+    a.store_imm(Size::D, Mem::Gs(off::FPU_RELOAD), 1);
+    a.bytes(&[0xc3]);
+
+    s.load_fpu = a.pc();
+    let load_fpu = a.here();
+    a.mov(T, reg::RAX);
+    a.mov(I, reg::RDX);
+    a.load(Size::D, reg::RAX, Mem::Gs(off::XSAVE_MASK));
+    // mov, not xor: flags are the guest's
+    a.mov_imm(reg::RDX, 0);
+    a.op_mem(Size::Q, &[0x0f, 0xae], 5, Mem::Gs(off::XSAVE)); // xrstor64
+    a.store_imm(Size::D, Mem::Gs(off::FPU_LOADED), 1);
+    a.mov(reg::RAX, T);
+    a.mov(reg::RDX, I);
+    a.bytes(&[0xc3]);
+
+    let leave = a.here();
+    a.load(Size::Q, reg::RSP, Mem::Gs(off::HOST_RSP));
+    a.alu_imm(Size::Q, 0, reg::RSP, 8);
+    for r in callee_saved.iter().rev() {
+        pop(a, *r);
+    }
+    a.bytes(&[0xc3]);
+
+    let mut exit = |a: &mut Asm, helper: Helper, how: Entry| {
+        let at = a.pc();
+        match how {
+            Entry::Call => a.op_mem(Size::D, &[0x8f], 0, Mem::Gs(off::RET_ADDR)),
+            Entry::Jump => {}
+        }
+        for r in (0..13).filter(|&r| r != reg::RSP) {
+            a.store(Size::Q, Mem::Gs(gpr_slot(r)), r);
+        }
+        a.store(Size::Q, Mem::Gs(gpr_slot(reg::RSP)), GUEST_RSP);
+        a.store(Size::Q, Mem::Gs(off::T), T);
+        a.store_imm(Size::D, Mem::Gs(off::FPU_RELOAD), 0);
+        a.cmp_mem_imm8(Size::D, Mem::Gs(off::FPU_LOADED), 0);
+        let skip = a.jcc(cc::E);
+        a.bytes(&[0xe8, 0, 0, 0, 0]);
+        let pos = a.here() - 4;
+        a.bind_to(pos, save_fpu);
+        a.bind(skip);
+        a.load(Size::Q, reg::RDI, Mem::Gs(off::THIS));
+        a.load(Size::Q, reg::RSI, Mem::Gs(off::RET_ADDR));
+        a.mov_imm(reg::RAX, helper as usize as u64);
+        a.bytes(&[0xff, 0xd0]); // call rax
+        a.op_reg(Size::Q, &[0x85], reg::RAX, reg::RAX); // test
+        let pos = a.jcc(cc::E);
+        a.bind_to(pos, leave);
+        a.store(Size::Q, Mem::Gs(off::CONT), reg::RAX);
+        a.cmp_mem_imm8(Size::D, Mem::Gs(off::FPU_RELOAD), 0);
+        let pos = a.jcc(cc::E);
+        a.bind_to(pos, resume);
+        a.bytes(&[0xe8, 0, 0, 0, 0]);
+        let pos = a.here() - 4;
+        a.bind_to(pos, load_fpu);
+        let pos = a.jmp();
+        a.bind_to(pos, resume);
+        at
+    };
+    s.link = exit(a, helpers.link, Entry::Call);
+    s.jump = exit(a, helpers.jump, Entry::Jump);
+    s.memory = exit(a, helpers.memory, Entry::Call);
+    s.interpret = exit(a, helpers.interpret, Entry::Call);
+    s.poll = exit(a, helpers.poll, Entry::Call);
+    s.dead = exit(a, helpers.dead, Entry::Call);
+    s.fault = exit(a, helpers.fault, Entry::Jump);
+    s
+}
+
+enum Entry {
+    Call,
+    Jump,
+}
+
+fn push(a: &mut Asm, r: u8) {
+    if r >= 8 {
+        a.bytes(&[0x41]);
+    }
+    a.bytes(&[0x50 | r & 7]);
+}
+
+fn pop(a: &mut Asm, r: u8) {
+    if r >= 8 {
+        a.bytes(&[0x41]);
+    }
+    a.bytes(&[0x58 | r & 7]);
+}

@@ -1,0 +1,284 @@
+//! The software TLBs, the jump caches and the code-page TLB of one vCPU.
+//!
+//! Emitted code only reads them; they are filled and flushed here. Lists of what was filled make a
+//! flush cost what it undoes.
+
+use crate::layout::{
+    JUMP_ENTRIES, JumpEntry, TLB_ENTRIES, TLB_USER, TlbEntry, jump_index, tlb_index,
+};
+use x86emu::env::Flush;
+
+/// Entries of the code-page TLB.
+const CODE_ENTRIES: usize = 64;
+
+/// Where a linear code page lies in guest-physical memory.
+#[derive(Clone, Copy, Debug)]
+struct CodeEntry {
+    /// Linear page with bit 0 set for user mode; `u64::MAX` when empty.
+    key: u64,
+    gpa: u64,
+}
+
+/// See the module's description.
+#[repr(C)]
+pub struct Caches {
+    /// The software TLBs; see [`crate::layout::TLB_USER`] and its siblings.
+    pub tlb: [[TlbEntry; TLB_ENTRIES]; 3],
+    /// The jump caches, one beside each TLB; each holds code for one context at a time.
+    pub jumps: [[JumpEntry; JUMP_ENTRIES]; 3],
+    /// The context of each jump cache.
+    jump_ctx: [u32; 3],
+    code: [CodeEntry; CODE_ENTRIES],
+    /// Indices of TLB entries filled since they were last empty, per TLB: not global.
+    filled: [Vec<u16>; 3],
+    /// The same for global ones.
+    filled_global: [Vec<u16>; 3],
+    jumps_filled: [Vec<u16>; 3],
+    /// A page larger than 4 KiB was cached since the last full flush.
+    large_pages: bool,
+    /// One bit per hash of a linear page that has jump-cache entries.
+    jump_pages: [u64; 16],
+    /// Flushes since start, for statistics.
+    pub flushes: u64,
+}
+
+fn page_hash(gva: u64) -> (usize, u64) {
+    let h = ((gva >> 12) ^ (gva >> 22)) as usize & 1023;
+    (h / 64, 1 << (h % 64))
+}
+
+impl Caches {
+    /// Initializes memory that was just allocated and zeroed.
+    ///
+    /// # Safety
+    /// `this` is valid for writes, and nothing else refers to it.
+    #[expect(unsafe_code, reason = "too large to be built on the stack and moved")]
+    pub unsafe fn init(this: *mut Caches) {
+        // SAFETY: the caller's promise. The vectors are written before a reference is made; all
+        // other fields are integers, valid as zero.
+        unsafe {
+            (&raw mut (*this).filled).write(Default::default());
+            (&raw mut (*this).filled_global).write(Default::default());
+            (&raw mut (*this).jumps_filled).write(Default::default());
+            (*this).reset();
+        }
+    }
+
+    /// Puts every entry to empty; for memory that was just allocated.
+    pub fn reset(&mut self) {
+        for tlb in &mut self.tlb {
+            for (i, e) in tlb.iter_mut().enumerate() {
+                *e = TlbEntry::invalid(i);
+            }
+        }
+        for table in &mut self.jumps {
+            table.fill(JumpEntry::EMPTY);
+        }
+        self.jump_ctx = [u32::MAX; 3];
+        self.code = [CodeEntry {
+            key: u64::MAX,
+            gpa: 0,
+        }; CODE_ENTRIES];
+        for list in self.filled.iter_mut().chain(&mut self.filled_global) {
+            list.clear();
+        }
+        for list in &mut self.jumps_filled {
+            list.clear();
+        }
+        self.large_pages = false;
+        self.jump_pages = [0; 16];
+    }
+
+    /// The entry that a linear address would use.
+    pub fn entry(&self, which: usize, gva: u64) -> &TlbEntry {
+        &self.tlb[which][tlb_index(gva)]
+    }
+
+    /// Enters a translation. `writable`: writes need no further notice.
+    pub fn fill(
+        &mut self,
+        which: usize,
+        gva: u64,
+        gpa: u64,
+        host: u64,
+        writable: bool,
+        global: bool,
+        large: bool,
+    ) {
+        let page = gva & !0xfff;
+        let i = tlb_index(gva);
+        let invalid = TlbEntry::invalid(i);
+        let e = &mut self.tlb[which][i];
+        let keep_write = e.read == page && e.host == host;
+        let write = match (writable, keep_write) {
+            (true, _) => page,
+            (false, true) => e.write,
+            (false, false) => invalid.write,
+        };
+        if !keep_write {
+            let list = if global {
+                &mut self.filled_global[which]
+            } else {
+                &mut self.filled[which]
+            };
+            if list.len() < 4 * TLB_ENTRIES {
+                list.push(i as u16);
+            }
+        }
+        *e = TlbEntry {
+            read: page,
+            write,
+            host,
+            gpa: gpa & !0xfff | u64::from(global),
+        };
+        self.large_pages |= large;
+    }
+
+    /// Enters the code for a linear address.
+    pub fn fill_jump(&mut self, u: usize, pc: u64, host: u64) {
+        let i = jump_index(pc);
+        if self.jumps[u][i].pc == u64::MAX {
+            self.jumps_filled[u].push(i as u16);
+        }
+        self.jumps[u][i] = JumpEntry { pc, host };
+        let (w, b) = page_hash(pc);
+        self.jump_pages[w] |= b;
+    }
+
+    /// The guest-physical page of a linear code page, if it is known.
+    pub fn code_page(&self, user: bool, gva: u64) -> Option<u64> {
+        let key = gva & !0xfff | u64::from(user);
+        let e = &self.code[(gva >> 12) as usize & (CODE_ENTRIES - 1)];
+        (e.key == key).then_some(e.gpa)
+    }
+
+    /// Remembers where a linear code page lies.
+    pub fn fill_code(&mut self, user: bool, gva: u64, gpa: u64) {
+        self.code[(gva >> 12) as usize & (CODE_ENTRIES - 1)] = CodeEntry {
+            key: gva & !0xfff | u64::from(user),
+            gpa: gpa & !0xfff,
+        };
+    }
+
+    /// Carries out a flush. Only the current PCID is cached, so the PCID of a request is not looked at.
+    pub fn flush(&mut self, what: Flush) {
+        match what {
+            Flush::All => {
+                self.flush_data(true);
+                self.flush_code();
+            }
+            Flush::NonGlobal | Flush::Pcid(_) => self.flush_non_global(),
+            Flush::Page(gva) | Flush::PcidPage(_, gva) => self.flush_page(gva),
+        }
+    }
+
+    /// Drops what a MOV CR3 drops.
+    pub fn flush_non_global(&mut self) {
+        self.flush_data(false);
+        self.flush_code();
+    }
+
+    fn flush_data(&mut self, global: bool) {
+        self.flushes += 1;
+        for which in 0..3 {
+            for n in 0..1 + usize::from(global) {
+                let list = if n == 0 {
+                    &mut self.filled[which]
+                } else {
+                    &mut self.filled_global[which]
+                };
+                if list.len() >= 4 * TLB_ENTRIES {
+                    for (i, e) in self.tlb[which].iter_mut().enumerate() {
+                        *e = TlbEntry::invalid(i);
+                    }
+                } else {
+                    for &i in list.iter() {
+                        let e = &mut self.tlb[which][usize::from(i)];
+                        // An entry may have been replaced by a global one since.
+                        if global || e.gpa & 1 == 0 {
+                            *e = TlbEntry::invalid(usize::from(i));
+                        }
+                    }
+                }
+                list.clear();
+            }
+        }
+        if global {
+            self.large_pages = false;
+        }
+    }
+
+    /// The jump cache `u` is about to be used in context `ctx`.
+    pub fn enter_context(&mut self, u: usize, ctx: u32) {
+        if self.jump_ctx[u] != ctx {
+            self.flush_jumps(u);
+            self.jump_ctx[u] = ctx;
+        }
+    }
+
+    fn flush_jumps(&mut self, u: usize) {
+        for &i in &self.jumps_filled[u] {
+            self.jumps[u][usize::from(i)] = JumpEntry::EMPTY;
+        }
+        self.jumps_filled[u].clear();
+    }
+
+    /// Drops the jump caches and the code-page TLB.
+    pub fn flush_code(&mut self) {
+        for u in 0..3 {
+            self.flush_jumps(u);
+        }
+        self.code = [CodeEntry {
+            key: u64::MAX,
+            gpa: 0,
+        }; CODE_ENTRIES];
+        self.jump_pages = [0; 16];
+    }
+
+    fn flush_page(&mut self, gva: u64) {
+        if self.large_pages {
+            // The page may be part of a larger one, of which other 4 KiB pieces are cached.
+            self.flush_data(true);
+            self.flush_code();
+            return;
+        }
+        let i = tlb_index(gva);
+        for which in 0..3 {
+            let e = &mut self.tlb[which][i];
+            if e.read == gva & !0xfff || e.write == gva & !0xfff {
+                *e = TlbEntry::invalid(i);
+            }
+        }
+        let (w, b) = page_hash(gva);
+        if self.jump_pages[w] & b != 0 {
+            self.flush_code();
+        } else {
+            let e = &mut self.code[(gva >> 12) as usize & (CODE_ENTRIES - 1)];
+            if e.key & !0xfff == gva & !0xfff {
+                e.key = u64::MAX;
+            }
+        }
+    }
+
+    /// Makes writes to a guest-physical page take the slow path again.
+    pub fn unwrite(&mut self, gpa: u64) {
+        for which in TLB_USER..3 {
+            for (i, e) in self.tlb[which].iter_mut().enumerate() {
+                if e.gpa & !0xfff == gpa & !0xfff {
+                    e.write = TlbEntry::invalid(i).write;
+                }
+            }
+        }
+    }
+
+    /// Makes writes to a guest-physical range take the slow path again.
+    pub fn unwrite_range(&mut self, gpa: u64, len: u64) {
+        for which in TLB_USER..3 {
+            for (i, e) in self.tlb[which].iter_mut().enumerate() {
+                if (e.gpa & !0xfff).wrapping_sub(gpa) < len {
+                    e.write = TlbEntry::invalid(i).write;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,990 @@
+//! From decoded guest instructions to host code.
+//!
+//! Register map while translated code runs: the guest's RAX-R12 live in the host registers of the same
+//! name, its RSP in R13; its R13-R15 live in memory. R14 (T) and R15 (I) are scratch. `gs` points at
+//! [`crate::layout::VcpuMem`]; the host's RSP stays a host stack.
+//!
+//! Flags: EFLAGS holds the guest's arithmetic flags, or `VcpuMem::flags` does; which of the two is
+//! tracked here per point in the code ([`Flags`]). A TLB probe clobbers EFLAGS, so live flags are saved
+//! once before the first probe and restored before the next instruction that needs them.
+//!
+//! Nothing of the guest's state changes before the last point where an instruction can fault, so
+//! that the interpreter can execute it again from the start.
+
+use crate::asm::{Asm, Mem, Size, at, cc, reg};
+use crate::context::Context;
+use crate::flags;
+use crate::frontend::{ARITH, Decoded, Kind, Op, access_size};
+use crate::layout::{JUMP_ENTRIES, TLB_ENTRIES, gpr_slot, jumps_base, off, seg_base, tlb_base};
+use crate::stubs::{GUEST_RSP, I, Stubs, T};
+use iced_x86::{
+    ConditionCode, FlowControl, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register,
+};
+use x86emu::encoding::{Encoding, Field, HostMem, MAX_LEN, gpr_field};
+use x86emu::state::CodeSize;
+
+/// Finished code and what the cache must know of it.
+#[derive(Debug)]
+pub struct Code {
+    /// The bytes.
+    pub bytes: Vec<u8>,
+    /// Offset of the entry for linked jumps.
+    pub direct: usize,
+    /// Offset of the entry for linked jumps with the FPU loaded.
+    pub direct_fpu: usize,
+    /// Host offset and guest page offset of each instruction.
+    pub map: Vec<(u32, u16)>,
+}
+
+/// Bits of the inline data word behind a call of the `memory` and `interpret` stubs.
+pub mod meta {
+    /// Page offset of the instruction: low 12 bits; its length: next 4.
+    pub const LEN_SHIFT: u32 = 12;
+    /// The block has the FPU loaded.
+    pub const FPU: u32 = 1 << 16;
+    /// The instruction always leaves the block.
+    pub const LEAVES: u32 = 1 << 18;
+    /// The access is a write.
+    pub const WRITE: u32 = 1 << 17;
+    /// Size of the access in bytes.
+    pub const SIZE_SHIFT: u32 = 24;
+}
+
+/// Where the guest's arithmetic flags are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Flags {
+    Host,
+    Memory,
+}
+
+/// Code that is emitted behind the block, where it does not get in the way.
+enum Cold {
+    /// A TLB miss: jump to bind, TLB tag displacement, meta word, where to retry, where to go on,
+    /// whether EFLAGS must be loaded there.
+    Miss {
+        jumps: Vec<usize>,
+        tag: i32,
+        meta: u32,
+        retry: usize,
+        resume: usize,
+        reload: bool,
+    },
+    /// A direct jump that is not linked: the jump's displacement, page offset of the target,
+    /// whether EFLAGS must be saved.
+    Link {
+        site: usize,
+        target: u16,
+        save: bool,
+        fpu: bool,
+    },
+    /// The attention flag is up: jump to bind, page offset where execution stops.
+    Poll {
+        jump: usize,
+        target: u16,
+        save: bool,
+        restore_rcx: bool,
+    },
+    /// A taken conditional jump backwards or out of the page: jump to bind.
+    Taken { jump: usize, target: i64, live: u32 },
+    /// Loads the FPU: jump to bind, where to go on.
+    Interpret {
+        jump: usize,
+        meta: u32,
+        resume: usize,
+        reload: bool,
+        save: bool,
+    },
+}
+
+struct Tx<'a> {
+    a: Asm,
+    ctx: Context,
+    stubs: &'a Stubs,
+    block: &'a Decoded,
+    start: u16,
+    cold: Vec<Cold>,
+    flags: Flags,
+    info: InstructionInfoFactory,
+    bmi2: bool,
+}
+
+/// Translates `block`, which starts at page offset `start`, to code that will execute at `base`.
+pub fn translate(
+    block: &Decoded,
+    start: u16,
+    ctx: Context,
+    stubs: &Stubs,
+    base: u64,
+    bmi2: bool,
+) -> Code {
+    let mut x = Tx {
+        a: Asm::new(base),
+        ctx,
+        stubs,
+        block,
+        start,
+        cold: Vec::new(),
+        flags: Flags::Host,
+        info: InstructionInfoFactory::new(),
+        bmi2,
+    };
+    // Indirect entry: T is the linear address, the flags are in memory.
+    x.a.alu_imm(Size::Q, 4, T, -4096);
+    x.a.store(Size::Q, Mem::Gs(off::PC_BASE), T);
+    if block.live_in != 0 {
+        flags::restore(&mut x.a);
+    }
+    let direct = x.a.here();
+    if block.fpu {
+        x.check_fpu();
+    }
+    let direct_fpu = x.a.here();
+    let mut map = Vec::with_capacity(block.ops.len());
+    for op in &block.ops {
+        map.push((x.a.here() as u32, op.off));
+        x.op(op);
+    }
+    if !block.closed {
+        let live = block.ops.last().map_or(ARITH, |o| o.live_after);
+        x.jump_direct(i64::from(block.end), live, false);
+    }
+    // A dead block's entries are overwritten with exits of up to 10 bytes each.
+    while x.a.here() < direct_fpu + 16 {
+        x.a.bytes(&[0xcc]);
+    }
+    x.emit_cold();
+    Code {
+        bytes: x.a.buf,
+        direct,
+        direct_fpu,
+        map,
+    }
+}
+
+/// The host register of a guest register, or `None` if it lives in memory.
+fn host(guest: u8) -> Option<u8> {
+    match guest {
+        4 => Some(GUEST_RSP),
+        0..=12 => Some(guest),
+        _ => None,
+    }
+}
+
+fn number(r: Register) -> u8 {
+    r.full_register().number() as u8
+}
+
+impl Tx<'_> {
+    fn long(&self) -> bool {
+        self.ctx.code_size() == CodeSize::Bits64
+    }
+
+    fn stack_size(&self) -> (Size, i32) {
+        if self.long() {
+            (Size::Q, 8)
+        } else {
+            (Size::D, 4)
+        }
+    }
+
+    /// Loads the FPU if it is not loaded; keeps live flags.
+    fn check_fpu(&mut self) {
+        let a = &mut self.a;
+        if self.block.live_in == 0 {
+            a.cmp_mem_imm8(Size::D, Mem::Gs(off::FPU_LOADED), 0);
+            a.bytes(&[0x75, 5]); // jne over the call
+            a.call_to(self.stubs.load_fpu);
+        } else {
+            a.mov(T, reg::RCX);
+            a.load(Size::D, reg::RCX, Mem::Gs(off::FPU_LOADED));
+            let unloaded = a.jrcxz();
+            a.mov(reg::RCX, T);
+            a.bytes(&[0xeb, 8]); // jmp over
+            a.bind8(unloaded);
+            a.mov(reg::RCX, T);
+            a.call_to(self.stubs.load_fpu);
+        }
+    }
+
+    /// Puts live flags out of the way of code that clobbers EFLAGS.
+    fn save_flags(&mut self, live: u32) {
+        if self.flags == Flags::Host && live != 0 {
+            flags::save(&mut self.a);
+        }
+        if live != 0 {
+            self.flags = Flags::Memory;
+        }
+    }
+
+    /// Brings live flags into EFLAGS.
+    fn restore_flags(&mut self, live: u32, keep_scratch: bool) {
+        if self.flags == Flags::Memory && live != 0 {
+            if keep_scratch {
+                flags::restore_keeping_scratch(&mut self.a);
+            } else {
+                flags::restore(&mut self.a);
+            }
+        }
+        self.flags = Flags::Host;
+    }
+
+    fn meta(&self, op: &Op) -> u32 {
+        u32::from(op.off)
+            | (op.insn.len() as u32) << meta::LEN_SHIFT
+            | if self.block.fpu { meta::FPU } else { 0 }
+            | if op.insn.flow_control() != FlowControl::Next {
+                meta::LEAVES
+            } else {
+                0
+            }
+    }
+
+    fn op(&mut self, op: &Op) {
+        match op.kind {
+            Kind::Nop => {}
+            Kind::Native => self.native(op),
+            Kind::Lea => self.lea(op),
+            Kind::Push => self.push(op),
+            Kind::Pop => self.pop(op),
+            Kind::Leave => self.leave(op),
+            Kind::Jcc(cond, target) => self.jcc(op, cond, target),
+            Kind::Jmp(target) => {
+                self.jump_direct(target, op.live_target, target <= i64::from(op.off))
+            }
+            Kind::Call(target) => self.call_direct(op, target),
+            Kind::JmpIndirect => self.jump_indirect(op),
+            Kind::CallIndirect => self.call_indirect(op),
+            Kind::Ret(release) => self.ret(op, release),
+            Kind::Cli => self.a.store_imm(Size::B, Mem::Gs(off::RFLAGS + 1), 0),
+            Kind::Sti => self.sti(op),
+            Kind::Interpret => self.interpret(op),
+        }
+    }
+
+    /// Calls the interpreter for one instruction.
+    fn interpret(&mut self, op: &Op) {
+        let live = op.live_before | op.live_after | op.reads;
+        self.save_flags(live);
+        self.a.call_to(self.stubs.interpret);
+        let meta = self.meta(op);
+        self.a.d32(meta);
+        // The helper continues here if the block goes on.
+        self.flags = Flags::Memory;
+    }
+
+    fn sti(&mut self, op: &Op) {
+        // With an interrupt waiting, the interpreter keeps the shadow and the window opens behind it.
+        let live = op.live_before;
+        if live == 0 {
+            self.a.cmp_mem_imm8(Size::D, Mem::Gs(off::IRQ_WINDOW), 0);
+            let jump = self.a.jcc(cc::NE);
+            self.a.store_imm(Size::B, Mem::Gs(off::RFLAGS + 1), 2);
+            let (meta, resume) = (self.meta(op), self.a.here());
+            self.cold.push(Cold::Interpret {
+                jump,
+                meta,
+                resume,
+                reload: false,
+                save: false,
+            });
+        } else {
+            self.a.mov(T, reg::RCX);
+            self.a.load(Size::D, reg::RCX, Mem::Gs(off::IRQ_WINDOW));
+            let none = self.a.jrcxz();
+            self.a.mov(reg::RCX, T);
+            let jump = self.a.jmp();
+            self.a.bind8(none);
+            self.a.mov(reg::RCX, T);
+            self.a.store_imm(Size::B, Mem::Gs(off::RFLAGS + 1), 2);
+            let (meta, resume) = (self.meta(op), self.a.here());
+            let host = self.flags == Flags::Host;
+            self.cold.push(Cold::Interpret {
+                jump,
+                meta,
+                resume,
+                reload: host,
+                save: host,
+            });
+        }
+    }
+
+    /// Address of the memory operand into T. Clobbers I, and EFLAGS if a segment base is added.
+    fn address(&mut self, insn: &Instruction) {
+        let wide = self.address_parts(insn, T);
+        let seg = match insn.memory_segment() {
+            Register::FS => Some(4),
+            Register::GS => Some(5),
+            _ => None,
+        };
+        if let Some(n) = seg {
+            let size = if self.long() { Size::Q } else { Size::D };
+            self.a.op_mem(size, &[0x03], T, Mem::Gs(seg_base(n)));
+        }
+        debug_assert!(wide || seg.is_none() || !self.long() || true);
+    }
+
+    /// Effective address of the memory operand into `dst` without touching flags. May use `dst` and
+    /// I as intermediates. Returns whether it is a 64-bit address.
+    fn address_parts(&mut self, insn: &Instruction, dst: u8) -> bool {
+        let (b, x) = (insn.memory_base(), insn.memory_index());
+        if b == Register::RIP {
+            // iced gives the target relative to the page, as it decoded with IP = page offset.
+            let disp = insn.memory_displacement64() as i64 as i32;
+            self.a.load(Size::Q, dst, Mem::Gs(off::PC_BASE));
+            self.a.lea(dst, at(dst, disp));
+            return true;
+        }
+        let wide = if b != Register::None || x != Register::None {
+            b.is_gpr64() || x.is_gpr64()
+        } else {
+            self.long() && insn.memory_displ_size() != 4 || self.long()
+        };
+        let disp64 = insn.memory_displacement64();
+        if b == Register::None && x == Register::None {
+            let v = if self.long() {
+                disp64
+            } else {
+                disp64 & 0xffff_ffff
+            };
+            self.a.mov_imm(dst, v);
+            return wide;
+        }
+        let disp = disp64 as i64 as i32;
+        let mut part = |r: Register, tmp: u8| -> Option<u8> {
+            if r == Register::None {
+                return None;
+            }
+            let n = number(r);
+            Some(host(n).unwrap_or_else(|| {
+                self.a.load(Size::Q, tmp, Mem::Gs(gpr_slot(n)));
+                tmp
+            }))
+        };
+        // `dst` may be a guest register that is also the index: only T and I are free as temporaries.
+        let base = part(b, T);
+        let index = part(x, I);
+        let scale = insn.memory_index_scale().trailing_zeros() as u8;
+        let mem = Mem::Sib(base, index.map(|i| (i, scale)), disp);
+        if wide {
+            self.a.lea(dst, mem);
+        } else {
+            self.a.lea32(dst, mem);
+        }
+        wide
+    }
+
+    /// Checks that the `size` bytes at linear address T lie in one page that may be accessed; leaves
+    /// the offset in T and the host page in I. The miss is completed by [`Tx::resume_miss`].
+    fn probe(&mut self, size: usize, write: bool, retry: usize, op: &Op) -> PendingMiss {
+        let base_meta = self.meta(op);
+        let a = &mut self.a;
+        let tlb = tlb_base(self.ctx.tlb());
+        let tag = tlb + if write { 8 } else { 0 };
+        if self.bmi2 {
+            a.rorx(I, T, 7);
+        } else {
+            a.mov(I, T);
+            a.shr(I, 7);
+        }
+        a.alu_imm(Size::D, 4, I, ((TLB_ENTRIES - 1) << 5) as i32);
+        a.op_mem(Size::Q, &[0x2b], T, Mem::GsBase(I, tag)); // sub
+        a.alu_imm(Size::Q, 7, T, 4096 - size as i32);
+        let jump = a.jcc(cc::A);
+        a.load(Size::Q, I, Mem::GsBase(I, tlb + 16));
+        let meta =
+            base_meta | if write { meta::WRITE } else { 0 } | (size as u32) << meta::SIZE_SHIFT;
+        PendingMiss {
+            jump,
+            tag,
+            meta,
+            retry,
+        }
+    }
+
+    /// Completes probes of an instruction whose code ends here.
+    fn resume_miss(&mut self, misses: impl IntoIterator<Item = PendingMiss>, op: &Op) {
+        let resume = self.a.here();
+        let reload = self.flags == Flags::Host && op.live_after != 0;
+        for m in misses {
+            self.cold.push(Cold::Miss {
+                jumps: vec![m.jump],
+                tag: m.tag,
+                meta: m.meta,
+                retry: m.retry,
+                resume,
+                reload,
+            });
+        }
+    }
+
+    fn native(&mut self, op: &Op) {
+        let Some(mut enc) = op.enc else {
+            return self.interpret(op);
+        };
+        let insn = &op.insn;
+        // Registers that live in memory, each with what is done to it.
+        let mut slots: Vec<Slot> = Vec::new();
+        let mut accesses = [OpAccess::None; 5];
+        {
+            let info = self.info.info(insn);
+            for (i, a) in accesses
+                .iter_mut()
+                .enumerate()
+                .take(insn.op_count() as usize)
+            {
+                *a = info.op_access(i as u32);
+            }
+        }
+        let mut mem_write = false;
+        let mut mem_access = false;
+        for i in 0..insn.op_count() {
+            let access = accesses[i as usize];
+            if insn.op_kind(i) == OpKind::Memory {
+                mem_access = true;
+                mem_write |= matches!(
+                    access,
+                    OpAccess::Write
+                        | OpAccess::CondWrite
+                        | OpAccess::ReadWrite
+                        | OpAccess::ReadCondWrite
+                );
+                continue;
+            }
+            let Some(field) = gpr_field(insn, i) else {
+                continue;
+            };
+            let r = insn.op_register(i);
+            if matches!(r, Register::AH | Register::CH | Register::DH | Register::BH) {
+                continue;
+            }
+            let guest = number(r);
+            match host(guest) {
+                Some(h) if h == guest => {}
+                Some(h) => enc.set_register(field, h),
+                None => {
+                    let read = !matches!(access, OpAccess::Write)
+                        || matches!(insn.op_register(i).size(), 1 | 2);
+                    let write = !matches!(access, OpAccess::Read | OpAccess::None);
+                    if let Some(s) = slots.iter_mut().find(|s| s.guest == guest) {
+                        s.read |= read;
+                        s.write |= write;
+                        s.fields.push(field);
+                    } else {
+                        slots.push(Slot {
+                            guest,
+                            read,
+                            write,
+                            fields: vec![field],
+                        });
+                    }
+                }
+            }
+        }
+        let partial = op.modifies != 0 && op.live_after & !op.kills != 0;
+        let needs = if partial { op.live_before } else { op.reads };
+        if !mem_access {
+            if slots.len() > 2 || enc_fails(&enc, !slots.is_empty()) {
+                return self.interpret(op);
+            }
+            if needs != 0 {
+                self.restore_flags(op.live_before, false);
+            }
+            if let Some(direct) = in_place(insn, &enc, &slots) {
+                self.emit(&direct);
+            } else {
+                for (s, tmp) in slots.iter().zip([T, I]) {
+                    if s.read {
+                        self.a.load(Size::Q, tmp, Mem::Gs(gpr_slot(s.guest)));
+                    }
+                    for &f in &s.fields {
+                        enc.set_register(f, tmp);
+                    }
+                }
+                self.emit(&enc);
+                for (s, tmp) in slots.iter().zip([T, I]) {
+                    if s.write {
+                        self.a.store(Size::Q, Mem::Gs(gpr_slot(s.guest)), tmp);
+                    }
+                }
+            }
+        } else {
+            let mut probe_enc = enc;
+            probe_enc.set_memory(HostMem::BaseIndex(I, T));
+            if slots.len() > 1 || enc_fails(&probe_enc, true) {
+                return self.interpret(op);
+            }
+            self.save_flags(op.live_before);
+            let retry = self.a.here();
+            self.address(insn);
+            let miss = self.probe(access_size(insn), mem_write, retry, op);
+            if needs != 0 {
+                self.restore_flags(op.live_before, true);
+            }
+            if let Some(s) = slots.first() {
+                self.a.lea(I, Mem::Sib(Some(I), Some((T, 0)), 0));
+                if s.read {
+                    self.a.load(Size::Q, T, Mem::Gs(gpr_slot(s.guest)));
+                }
+                for &f in &s.fields {
+                    enc.set_register(f, T);
+                }
+                enc.set_memory(HostMem::BaseDisp(I, 0));
+                self.emit(&enc);
+                if s.write {
+                    self.a.store(Size::Q, Mem::Gs(gpr_slot(s.guest)), T);
+                }
+            } else {
+                self.emit(&probe_enc);
+            }
+            if op.modifies != 0 {
+                self.flags = Flags::Host;
+            }
+            self.resume_miss([miss], op);
+            return;
+        }
+        if op.modifies != 0 {
+            self.flags = Flags::Host;
+        }
+    }
+
+    fn emit(&mut self, enc: &Encoding) {
+        let mut out = [0; MAX_LEN];
+        // `enc_fails` has tried it.
+        let n = enc.emit(&mut out).unwrap_or(0);
+        debug_assert!(n != 0);
+        self.a.bytes(&out[..n]);
+    }
+
+    fn lea(&mut self, op: &Op) {
+        let insn = &op.insn;
+        let r = insn.op0_register();
+        let guest = number(r);
+        let dst = host(guest);
+        if r.is_gpr16() {
+            self.address_parts(insn, T);
+            match dst {
+                Some(d) => self.a.op_reg(Size::W, &[0x89], T, d),
+                None => self.a.store(Size::W, Mem::Gs(gpr_slot(guest)), T),
+            }
+            return;
+        }
+        let d = dst.unwrap_or(T);
+        let wide = self.address_parts(insn, d);
+        if wide && r.is_gpr32() {
+            self.a.mov32(d, d);
+        }
+        if dst.is_none() {
+            self.a.store(Size::Q, Mem::Gs(gpr_slot(guest)), T);
+        }
+    }
+
+    /// `rsp + disp` into `dst`.
+    fn stack_address(&mut self, dst: u8, disp: i32) {
+        if self.long() {
+            self.a.lea(dst, at(GUEST_RSP, disp));
+        } else {
+            self.a.lea32(dst, at(GUEST_RSP, disp));
+        }
+    }
+
+    fn push(&mut self, op: &Op) {
+        let insn = &op.insn;
+        let (size, n) = self.stack_size();
+        self.save_flags(op.live_before);
+        let mut misses = Vec::new();
+        if insn.op0_kind() == OpKind::Memory {
+            let retry = self.a.here();
+            self.address(insn);
+            misses.push(self.probe(n as usize, false, retry, op));
+            self.a.load(size, T, Mem::Sib(Some(I), Some((T, 0)), 0));
+            self.a.store(Size::Q, Mem::Gs(off::SPILL), T);
+        }
+        // A retry after the second miss must not load a register that the first part clobbered.
+        let retry = self.a.here();
+        self.stack_address(T, -n);
+        misses.push(self.probe(n as usize, true, retry, op));
+        match insn.op0_kind() {
+            OpKind::Register => {
+                let guest = number(insn.op0_register());
+                match host(guest) {
+                    Some(h) => self.a.store(size, Mem::Sib(Some(I), Some((T, 0)), 0), h),
+                    None => {
+                        self.a.lea(I, Mem::Sib(Some(I), Some((T, 0)), 0));
+                        self.a.load(Size::Q, T, Mem::Gs(gpr_slot(guest)));
+                        self.a.store(size, at(I, 0), T);
+                    }
+                }
+            }
+            OpKind::Memory => {
+                self.a.lea(I, Mem::Sib(Some(I), Some((T, 0)), 0));
+                self.a.load(Size::Q, T, Mem::Gs(off::SPILL));
+                self.a.store(size, at(I, 0), T);
+            }
+            _ => {
+                let imm = insn.immediate(0) as i32;
+                self.a
+                    .store_imm(size, Mem::Sib(Some(I), Some((T, 0)), 0), imm);
+            }
+        }
+        self.stack_address(GUEST_RSP, -n);
+        self.resume_miss(misses, op);
+    }
+
+    fn pop(&mut self, op: &Op) {
+        let (size, n) = self.stack_size();
+        self.save_flags(op.live_before);
+        let retry = self.a.here();
+        self.stack_address(T, 0);
+        let miss = self.probe(n as usize, false, retry, op);
+        let guest = number(op.insn.op0_register());
+        let from = Mem::Sib(Some(I), Some((T, 0)), 0);
+        match host(guest) {
+            Some(GUEST_RSP) => self.a.load(size, GUEST_RSP, from),
+            Some(h) => {
+                self.a.load(size, h, from);
+                self.stack_address(GUEST_RSP, n);
+            }
+            None => {
+                self.a.load(size, T, from);
+                self.a.store(Size::Q, Mem::Gs(gpr_slot(guest)), T);
+                self.stack_address(GUEST_RSP, n);
+            }
+        }
+        self.resume_miss([miss], op);
+    }
+
+    fn leave(&mut self, op: &Op) {
+        let (size, n) = self.stack_size();
+        self.save_flags(op.live_before);
+        let retry = self.a.here();
+        if self.long() {
+            self.a.mov(T, reg::RBP);
+        } else {
+            self.a.mov32(T, reg::RBP);
+        }
+        let miss = self.probe(n as usize, false, retry, op);
+        self.a.load(size, T, Mem::Sib(Some(I), Some((T, 0)), 0));
+        if self.long() {
+            self.a.lea(GUEST_RSP, at(reg::RBP, n));
+        } else {
+            self.a.lea32(GUEST_RSP, at(reg::RBP, n));
+        }
+        self.a.mov(reg::RBP, T);
+        self.resume_miss([miss], op);
+    }
+
+    fn jcc(&mut self, op: &Op, cond: ConditionCode, target: i64) {
+        self.restore_flags(op.live_before | op.reads, false);
+        let code = cond as u8 - ConditionCode::o as u8;
+        self.a.align_link(2);
+        let jump = self.a.jcc(code);
+        let inside = (0..4096).contains(&target);
+        if inside && target > i64::from(op.off) {
+            self.cold.push(Cold::Link {
+                site: jump,
+                target: target as u16,
+                save: op.live_target != 0,
+                fpu: self.block.fpu,
+            });
+        } else {
+            self.cold.push(Cold::Taken {
+                jump,
+                target,
+                live: op.live_target,
+            });
+        }
+    }
+
+    /// Jumps to a page offset; outside the page, through the jump cache.
+    fn jump_direct(&mut self, target: i64, live: u32, backwards: bool) {
+        if !(0..4096).contains(&target) {
+            self.save_flags(live);
+            self.load_linear(T, target);
+            self.jump_t();
+            return;
+        }
+        self.restore_flags(live, false);
+        if backwards {
+            self.poll(target as u16, live);
+        }
+        self.a.align_link(1);
+        let site = self.a.jmp();
+        self.cold.push(Cold::Link {
+            site,
+            target: target as u16,
+            save: live != 0,
+            fpu: self.block.fpu,
+        });
+    }
+
+    /// Stops at page offset `target` if the attention flag is up. Keeps live flags, which are in EFLAGS.
+    fn poll(&mut self, target: u16, live: u32) {
+        if live == 0 {
+            self.a.cmp_mem_imm8(Size::D, Mem::Gs(off::ATTENTION), 0);
+            let jump = self.a.jcc(cc::NE);
+            self.cold.push(Cold::Poll {
+                jump,
+                target,
+                save: false,
+                restore_rcx: false,
+            });
+        } else {
+            self.a.mov(T, reg::RCX);
+            self.a.load(Size::D, reg::RCX, Mem::Gs(off::ATTENTION));
+            let quiet = self.a.jrcxz();
+            let jump = self.a.jmp();
+            self.a.bind8(quiet);
+            self.a.mov(reg::RCX, T);
+            self.cold.push(Cold::Poll {
+                jump,
+                target,
+                save: true,
+                restore_rcx: true,
+            });
+        }
+    }
+
+    /// Linear address of a page offset into `dst`. Keeps flags.
+    fn load_linear(&mut self, dst: u8, offset: i64) {
+        self.a.load(Size::Q, dst, Mem::Gs(off::PC_BASE));
+        if self.long() {
+            self.a.lea(dst, at(dst, offset as i32));
+        } else {
+            self.a.lea32(dst, at(dst, offset as i32));
+        }
+    }
+
+    /// Jumps to the linear address in T; live flags are in memory.
+    fn jump_t(&mut self) {
+        let base = jumps_base(self.ctx.tlb());
+        let a = &mut self.a;
+        a.cmp_mem_imm8(Size::D, Mem::Gs(off::ATTENTION), 0);
+        a.jcc_to(cc::NE, self.stubs.jump);
+        if self.bmi2 {
+            a.rorx(I, T, 12);
+        } else {
+            a.mov(I, T);
+            a.op_reg(Size::Q, &[0xc1], 1, I); // ror
+            a.bytes(&[12]);
+        }
+        a.op_reg(Size::D, &[0x31], T, I); // xor
+        a.alu_imm(Size::D, 4, I, (JUMP_ENTRIES - 1) as i32);
+        a.op_reg(Size::D, &[0xc1], 4, I); // shl
+        a.bytes(&[4]);
+        a.op_mem(Size::Q, &[0x3b], T, Mem::GsBase(I, base)); // cmp
+        a.jcc_to(cc::NE, self.stubs.jump);
+        a.op_mem(Size::D, &[0xff], 4, Mem::GsBase(I, base + 8));
+    }
+
+    /// Pushes the return address; flags are out of the way.
+    fn push_return(&mut self, op: &Op, misses: &mut Vec<PendingMiss>) {
+        let (size, n) = self.stack_size();
+        let retry = self.a.here();
+        self.stack_address(T, -n);
+        misses.push(self.probe(n as usize, true, retry, op));
+        self.a.lea(I, Mem::Sib(Some(I), Some((T, 0)), 0));
+        self.load_linear(T, i64::from(op.off) + op.insn.len() as i64);
+        self.a.store(size, at(I, 0), T);
+        self.stack_address(GUEST_RSP, -n);
+    }
+
+    fn call_direct(&mut self, op: &Op, target: i64) {
+        self.save_flags(op.live_before);
+        let mut misses = Vec::new();
+        self.push_return(op, &mut misses);
+        self.jump_direct(target, op.live_target, target <= i64::from(op.off));
+        // The interpreter leaves the block by itself.
+        self.resume_miss(misses, op);
+    }
+
+    /// The branch target of an indirect jump or call into T.
+    fn load_target(&mut self, op: &Op, misses: &mut Vec<PendingMiss>) {
+        let insn = &op.insn;
+        let (size, n) = self.stack_size();
+        if insn.op0_kind() == OpKind::Memory {
+            let retry = self.a.here();
+            self.address(insn);
+            misses.push(self.probe(n as usize, false, retry, op));
+            self.a.load(size, T, Mem::Sib(Some(I), Some((T, 0)), 0));
+            return;
+        }
+        let guest = number(insn.op0_register());
+        match (host(guest), self.long()) {
+            (Some(h), true) => self.a.mov(T, h),
+            (Some(h), false) => self.a.mov32(T, h),
+            (None, _) => self.a.load(size, T, Mem::Gs(gpr_slot(guest))),
+        }
+    }
+
+    fn jump_indirect(&mut self, op: &Op) {
+        self.save_flags(op.live_before);
+        let mut misses = Vec::new();
+        self.load_target(op, &mut misses);
+        self.jump_t();
+        self.resume_miss(misses, op);
+    }
+
+    fn call_indirect(&mut self, op: &Op) {
+        self.save_flags(op.live_before);
+        let mut misses = Vec::new();
+        self.load_target(op, &mut misses);
+        self.a.store(Size::Q, Mem::Gs(off::SPILL), T);
+        self.push_return(op, &mut misses);
+        self.a.load(Size::Q, T, Mem::Gs(off::SPILL));
+        self.jump_t();
+        self.resume_miss(misses, op);
+    }
+
+    fn ret(&mut self, op: &Op, release: u16) {
+        let (size, n) = self.stack_size();
+        self.save_flags(op.live_before);
+        let retry = self.a.here();
+        self.stack_address(T, 0);
+        let miss = self.probe(n as usize, false, retry, op);
+        self.a.load(size, T, Mem::Sib(Some(I), Some((T, 0)), 0));
+        self.stack_address(GUEST_RSP, n + i32::from(release));
+        self.jump_t();
+        self.resume_miss([miss], op);
+    }
+
+    fn emit_cold(&mut self) {
+        // Cold code may add more cold code (a taken branch needs a poll and a link).
+        while !self.cold.is_empty() {
+            for c in std::mem::take(&mut self.cold) {
+                self.emit_one(c);
+            }
+        }
+    }
+
+    fn emit_one(&mut self, c: Cold) {
+        match c {
+            Cold::Miss {
+                jumps,
+                tag,
+                meta,
+                retry,
+                resume,
+                reload,
+            } => {
+                for j in jumps {
+                    self.a.bind(j);
+                }
+                self.a.op_mem(Size::Q, &[0x03], T, Mem::GsBase(I, tag)); // add: T is the address again
+                self.a.call_to(self.stubs.memory);
+                self.a.d32(meta);
+                let here = self.a.here();
+                self.a.d32((retry as i64 - here as i64) as i32 as u32);
+                if reload {
+                    flags::restore(&mut self.a);
+                }
+                let pos = self.a.jmp();
+                self.a.bind_to(pos, resume);
+            }
+            Cold::Interpret {
+                jump,
+                meta,
+                resume,
+                reload,
+                save,
+            } => {
+                self.a.bind(jump);
+                if save {
+                    flags::save(&mut self.a);
+                }
+                self.a.call_to(self.stubs.interpret);
+                self.a.d32(meta);
+                if reload {
+                    flags::restore(&mut self.a);
+                }
+                let pos = self.a.jmp();
+                self.a.bind_to(pos, resume);
+            }
+            Cold::Link {
+                site,
+                target,
+                save,
+                fpu,
+            } => {
+                self.a.bind(site);
+                if save {
+                    flags::save(&mut self.a);
+                }
+                self.a.call_to(self.stubs.link);
+                self.a
+                    .d32(u32::from(target) | if fpu { meta::FPU } else { 0 });
+                let here = self.a.here();
+                self.a.d32((site as i64 - here as i64) as i32 as u32);
+            }
+            Cold::Poll {
+                jump,
+                target,
+                save,
+                restore_rcx,
+            } => {
+                self.a.bind(jump);
+                if restore_rcx {
+                    self.a.mov(reg::RCX, T);
+                }
+                if save {
+                    flags::save(&mut self.a);
+                }
+                self.a.call_to(self.stubs.poll);
+                self.a.d32(u32::from(target));
+            }
+            Cold::Taken { jump, target, live } => {
+                self.a.bind(jump);
+                self.flags = Flags::Host;
+                self.jump_direct(target, live, true);
+            }
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct PendingMiss {
+    jump: usize,
+    tag: i32,
+    meta: u32,
+    retry: usize,
+}
+
+/// A guest register that lives in memory, as an operand.
+struct Slot {
+    guest: u8,
+    read: bool,
+    write: bool,
+    fields: Vec<Field>,
+}
+
+/// The instruction cannot be re-encoded: AH-DH beside an extended register.
+fn enc_fails(enc: &Encoding, extended: bool) -> bool {
+    if enc.names_high_byte() && extended {
+        return true;
+    }
+    enc.emit(&mut [0; MAX_LEN]).is_none()
+}
+
+/// The instruction with its one register that lives in memory used there as a memory operand, where
+/// the encoding allows it.
+fn in_place(insn: &Instruction, enc: &Encoding, slots: &[Slot]) -> Option<Encoding> {
+    use x86emu::encoding::Form;
+    let [s] = slots else { return None };
+    if s.fields.as_slice() != [Field::Rm] || enc.rm_in_opcode() || enc.form() != Form::Legacy {
+        return None;
+    }
+    let i = (0..insn.op_count()).find(|&i| gpr_field(insn, i) == Some(Field::Rm))?;
+    use iced_x86::OpCodeOperandKind as K;
+    let size = match insn.op_code().try_op_kind(i).ok()? {
+        K::r64_or_mem => 8,
+        K::r32_or_mem => 4,
+        K::r8_or_mem => 1,
+        _ => return None,
+    };
+    // A 32-bit result clears the upper half of a register, but not of memory.
+    if s.write && size == 4 {
+        return None;
+    }
+    let mut e = *enc;
+    e.set_memory(HostMem::Gs(gpr_slot(s.guest)));
+    Some(e)
+}

@@ -1,0 +1,135 @@
+//! The engine's face to the core: [`Engine`] and [`EngineVcpu`].
+#![expect(
+    unsafe_code,
+    reason = "hands out references into vCPU memory that emitted code shares"
+)]
+
+use crate::run::{HELPERS, Runner, Stats};
+use crate::world::{PAGE_WRITTEN, VcpuBox, World};
+use kvm_core::engine::{Engine, EngineError, EngineVcpu, Kick};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use x86emu::env::{Env, Exit, Flush};
+use x86emu::state::CpuState;
+
+/// The software engine of one VM.
+pub struct JitEngine {
+    world: Arc<World>,
+}
+
+impl JitEngine {
+    /// Reserves the code cache.
+    ///
+    /// # Errors
+    /// When memory, or executable memory, cannot be had.
+    pub fn new() -> Result<Self, EngineError> {
+        Ok(JitEngine {
+            world: Arc::new(World::new(&HELPERS)?),
+        })
+    }
+}
+
+impl Engine for JitEngine {
+    fn create_vcpu(&self, _id: u32) -> Result<Box<dyn EngineVcpu>, EngineError> {
+        let mem = Arc::new(VcpuBox::new()?);
+        self.world.add(&mem);
+        Ok(Box::new(JitVcpu {
+            world: self.world.clone(),
+            mem,
+            stats: Stats {
+                profile: false,
+                ..Stats::default()
+            },
+        }))
+    }
+
+    fn memory_changed(&self) {
+        let mut cache = self.world.cache_outside();
+        self.world
+            .stopped(&mut cache, None, |c| c.flush(Flush::All));
+        // Where a page was RAM there may be other RAM now: its bytes are compared when its code is
+        // next looked up, as after any flush.
+    }
+
+    fn write_protect(&self, gpa: u64, len: u64) {
+        let mut cache = self.world.cache_outside();
+        self.world
+            .stopped(&mut cache, None, |c| c.unwrite_range(gpa, len));
+        let _ = PAGE_WRITTEN;
+    }
+}
+
+/// The software engine of one vCPU.
+pub struct JitVcpu {
+    world: Arc<World>,
+    mem: Arc<VcpuBox>,
+    stats: Stats,
+}
+
+impl JitVcpu {
+    /// Event counts since the vCPU was made.
+    pub fn stats(&self) -> Stats {
+        self.stats
+    }
+}
+
+impl EngineVcpu for JitVcpu {
+    fn cpu(&mut self) -> &mut CpuState {
+        // SAFETY: `&mut self` means the vCPU is not running, and other threads leave `cpu` alone.
+        unsafe { &mut (*self.mem.mem()).cpu }
+    }
+
+    fn cpu_ref(&self) -> &CpuState {
+        // SAFETY: as above; `run` needs `&mut self`.
+        unsafe { &(*self.mem.mem()).cpu }
+    }
+
+    fn kicker(&self) -> Arc<dyn Kick> {
+        self.mem.clone()
+    }
+
+    fn clear_attention(&mut self) {
+        self.mem.attention().store(0, Ordering::SeqCst);
+    }
+
+    fn run(&mut self, env: &mut dyn Env, irq_window: bool) -> Exit {
+        self.world.enter(&self.mem);
+        // SAFETY: `running` is set: no other thread touches anything but the atomic flags.
+        let vm = unsafe { &mut *self.mem.mem() };
+        vm.irq_window = irq_window.into();
+        let exit = Runner::new(vm, env, &self.world, &self.mem, &mut self.stats).run();
+        self.world.leave(&self.mem);
+        exit
+    }
+
+    fn step(&mut self, env: &mut dyn Env) -> Option<Exit> {
+        self.world.enter(&self.mem);
+        // SAFETY: as in `run`.
+        let vm = unsafe { &mut *self.mem.mem() };
+        vm.irq_window = 0;
+        let exit = Runner::new(vm, env, &self.world, &self.mem, &mut self.stats).step_once();
+        self.world.leave(&self.mem);
+        exit
+    }
+
+    fn state_changed(&mut self) {
+        self.world.enter(&self.mem);
+        // SAFETY: as in `run`.
+        unsafe { (*self.mem.mem()).caches.flush(Flush::All) };
+        self.world.leave(&self.mem);
+    }
+}
+
+impl Drop for JitVcpu {
+    fn drop(&mut self) {
+        if std::env::var_os("ANYKVM_JIT_STATS").is_some() {
+            let cache = self.world.cache_outside();
+            eprintln!(
+                "engine_jit: {:?}, blocks {}, code {} KiB",
+                self.stats,
+                cache.translated,
+                cache.arena.used() >> 10
+            );
+        }
+    }
+}

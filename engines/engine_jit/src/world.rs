@@ -1,0 +1,287 @@
+//! The vCPUs of a VM as the engine sees them: who is in translated code, and how to stop everyone.
+//!
+//! Lock order: [`World::cache`] before [`World::vcpus`]. The world is stopped only by the holder of
+//! the cache lock; a vCPU that waits for that lock while the world is being stopped parks, and leaves
+//! guest code afterwards.
+#![expect(
+    unsafe_code,
+    reason = "vCPU memory is shared with emitted code and other threads"
+)]
+
+use crate::arena::Arena;
+use crate::asm::Asm;
+use crate::cache::Cache;
+use crate::layout::VcpuMem;
+use crate::stubs::{self, Helpers};
+use crate::tlb::Caches;
+use kvm_core::engine::{EngineError, Kick};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError, Weak};
+
+/// Code memory per VM.
+const ARENA_SIZE: usize = 256 << 20;
+
+/// Guest page numbers with an entry in [`CodeMap`]: 1 TiB of guest-physical memory.
+const CODE_MAP_PAGES: usize = 1 << 28;
+
+/// The page holds translated code.
+pub const PAGE_CODE: u8 = 1;
+/// Some TLB may let writes to the page through.
+pub const PAGE_WRITTEN: u8 = 2;
+
+/// One byte of flags per guest page, reserved and not committed.
+pub struct CodeMap {
+    base: *mut AtomicU8,
+}
+
+// SAFETY: the mapping is shared, and accessed by atomic operations only.
+unsafe impl Send for CodeMap {}
+// SAFETY: as above.
+unsafe impl Sync for CodeMap {}
+
+impl CodeMap {
+    fn new() -> Result<Self, EngineError> {
+        // SAFETY: a fresh anonymous mapping; the result is checked.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                CODE_MAP_PAGES,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(EngineError::OutOfMemory);
+        }
+        Ok(CodeMap { base: base.cast() })
+    }
+
+    /// The flags of a guest page; `None` beyond the map, where nothing is cached.
+    pub fn page(&self, gpa: u64) -> Option<&AtomicU8> {
+        let gfn = usize::try_from(gpa >> 12)
+            .ok()
+            .filter(|&n| n < CODE_MAP_PAGES)?;
+        // SAFETY: in bounds of the mapping, which lives as long as `self`.
+        Some(unsafe { &*self.base.add(gfn) })
+    }
+}
+
+impl Drop for CodeMap {
+    fn drop(&mut self) {
+        // SAFETY: made by `new` with this size; no reference outlives `self`.
+        unsafe {
+            libc::munmap(self.base.cast(), CODE_MAP_PAGES);
+        }
+    }
+}
+
+/// A vCPU's memory, page-aligned and zeroed, with its place in the world.
+pub struct VcpuBox {
+    mem: *mut VcpuMem,
+    /// In [`crate::run`], so it may hold host pointers and be in translated code.
+    pub running: AtomicBool,
+}
+
+// SAFETY: the memory is owned by the box. `cpu` and the caches are touched only by the thread that
+// runs the vCPU, or while the world is stopped; `attention` is atomic.
+unsafe impl Send for VcpuBox {}
+// SAFETY: as above.
+unsafe impl Sync for VcpuBox {}
+
+impl VcpuBox {
+    /// Allocates and initializes the memory of a vCPU.
+    pub fn new() -> Result<Self, EngineError> {
+        let layout = std::alloc::Layout::new::<VcpuMem>();
+        // SAFETY: the layout has a size; zeroed bytes are valid for the integer fields, and the
+        // fields that are not plain integers (state, vectors) are written before any use.
+        unsafe {
+            let mem = std::alloc::alloc_zeroed(layout).cast::<VcpuMem>();
+            if mem.is_null() {
+                return Err(EngineError::OutOfMemory);
+            }
+            (&raw mut (*mem).cpu).write(x86emu::state::CpuState::default());
+            crate::tlb::Caches::init(&raw mut (*mem).caches);
+            (*mem).this = mem as u64;
+            (*mem).host_mxcsr = 0x1f80;
+            Ok(VcpuBox {
+                mem,
+                running: AtomicBool::new(false),
+            })
+        }
+    }
+
+    /// The memory. Who may touch what is said at the `Send` of this type.
+    pub fn mem(&self) -> *mut VcpuMem {
+        self.mem
+    }
+
+    /// The attention flag.
+    pub fn attention(&self) -> &AtomicU32 {
+        // SAFETY: the field is atomic and lives as long as the box.
+        unsafe { &(*self.mem).attention }
+    }
+}
+
+impl Drop for VcpuBox {
+    fn drop(&mut self) {
+        // SAFETY: allocated by `new` with this layout; the last owner is gone.
+        unsafe {
+            std::ptr::drop_in_place(self.mem);
+            std::alloc::dealloc(self.mem.cast(), std::alloc::Layout::new::<VcpuMem>());
+        }
+    }
+}
+
+impl Kick for VcpuBox {
+    fn kick(&self) {
+        self.attention().store(1, Ordering::SeqCst);
+    }
+}
+
+/// Everything the vCPUs of a VM share.
+pub struct World {
+    cache: Mutex<Cache>,
+    epoch: Arc<AtomicU64>,
+    /// Flags per guest page.
+    pub code_map: CodeMap,
+    vcpus: Mutex<Vec<Weak<VcpuBox>>>,
+    stop: AtomicBool,
+    /// The host has BMI2.
+    pub bmi2: bool,
+    /// XSAVE mask for the guest's state.
+    pub xsave_mask: u32,
+    /// Executable range of the arena.
+    pub code: std::ops::Range<u64>,
+    /// Addresses of the stubs.
+    pub stubs: stubs::Stubs,
+}
+
+impl World {
+    /// Reserves code memory and emits the stubs.
+    pub fn new(helpers: &Helpers) -> Result<Self, EngineError> {
+        let mut arena = Arena::new(ARENA_SIZE)?;
+        let host = host_xcr0();
+        let mut a = Asm::new(arena.next());
+        let stubs = stubs::emit(&mut a, helpers, host & 4 != 0);
+        arena.push(&a.buf).ok_or(EngineError::OutOfMemory)?;
+        let code = arena.start()..arena.start() + ARENA_SIZE as u64;
+        let epoch = Arc::new(AtomicU64::new(0));
+        Ok(World {
+            cache: Mutex::new(Cache::new(arena, stubs, epoch.clone())),
+            epoch,
+            code_map: CodeMap::new()?,
+            vcpus: Mutex::new(Vec::new()),
+            stop: AtomicBool::new(false),
+            bmi2: std::arch::is_x86_feature_detected!("bmi2"),
+            xsave_mask: (host & 0xe7) as u32,
+            code,
+            stubs,
+        })
+    }
+
+    /// Enters a vCPU.
+    pub fn add(&self, vcpu: &Arc<VcpuBox>) {
+        let mut v = lock(&self.vcpus);
+        v.retain(|w| w.strong_count() > 0);
+        v.push(Arc::downgrade(vcpu));
+    }
+
+    /// The world is being stopped: leave guest code.
+    pub fn stopping(&self) -> bool {
+        self.stop.load(Ordering::SeqCst)
+    }
+
+    /// Counts invalidations; see [`Cache::epoch`].
+    pub fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Acquire)
+    }
+
+    /// Marks `me` as running, after waiting for the end of a stop.
+    pub fn enter(&self, me: &VcpuBox) {
+        loop {
+            me.running.store(true, Ordering::SeqCst);
+            if !self.stopping() {
+                return;
+            }
+            me.running.store(false, Ordering::SeqCst);
+            while self.stopping() {
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    /// Marks `me` as not running.
+    pub fn leave(&self, me: &VcpuBox) {
+        me.running.store(false, Ordering::SeqCst);
+    }
+
+    /// The cache, for a running vCPU. `None`: the world was stopped in the meantime, and the vCPU
+    /// must leave guest code.
+    pub fn cache(&self, me: &VcpuBox) -> Option<MutexGuard<'_, Cache>> {
+        loop {
+            match self.cache.try_lock() {
+                Ok(g) => return Some(g),
+                Err(TryLockError::Poisoned(p)) => return Some(p.into_inner()),
+                Err(TryLockError::WouldBlock) => {}
+            }
+            if self.stopping() {
+                self.leave(me);
+                self.enter(me);
+                return None;
+            }
+            std::thread::yield_now();
+        }
+    }
+
+    /// The cache, for a thread that runs no vCPU.
+    pub fn cache_outside(&self) -> MutexGuard<'_, Cache> {
+        lock(&self.cache)
+    }
+
+    /// Runs `f` on every other vCPU's caches while none of them executes guest code. The caller
+    /// holds the cache lock, whose guard it passes as proof.
+    pub fn stopped(
+        &self,
+        _proof: &mut Cache,
+        me: Option<&VcpuBox>,
+        mut f: impl FnMut(&mut Caches),
+    ) {
+        let others: Vec<Arc<VcpuBox>> = lock(&self.vcpus)
+            .iter()
+            .filter_map(Weak::upgrade)
+            .filter(|v| me.is_none_or(|m| !std::ptr::eq(m, &**v)))
+            .collect();
+        if others.is_empty() {
+            return;
+        }
+        self.stop.store(true, Ordering::SeqCst);
+        for v in &others {
+            if v.running.load(Ordering::SeqCst) {
+                v.kick();
+            }
+        }
+        for v in &others {
+            while v.running.load(Ordering::SeqCst) {
+                std::thread::yield_now();
+            }
+            // SAFETY: the vCPU is not running and cannot start while `stop` is set; whoever touches its
+            // caches takes `running` first.
+            f(unsafe { &mut (*v.mem()).caches });
+        }
+        self.stop.store(false, Ordering::SeqCst);
+    }
+}
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+fn host_xcr0() -> u64 {
+    if !std::arch::is_x86_feature_detected!("xsave") {
+        return 3;
+    }
+    // SAFETY: XSAVE is enabled by the OS, so XGETBV(0) is allowed.
+    unsafe { std::arch::x86_64::_xgetbv(0) }
+}
