@@ -13,4 +13,6 @@ pub mod hypervisor;
 pub mod layout;
 pub mod machine;
 pub mod memory;
+pub mod pci;
 mod poll;
+pub mod virtio;
