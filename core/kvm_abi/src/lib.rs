@@ -5,7 +5,6 @@
 //! `kvm-bindings`, and homes with `std` speak `kvm-bindings` to their users.
 #![no_std]
 #![expect(
-    non_camel_case_types,
     missing_docs,
     reason = "the names are those of the kernel's uapi headers, which document them"
 )]

@@ -1,7 +1,32 @@
 //! The virtual machine as KVM defines it: VM, vCPUs, memslots, MSRs, CPUID, clock, irqchip wiring
 //! and the main path (`run`), independent of the engine that executes guest code and of the home
 //! that hosts it.
+//!
+//! Start reading at [`vcpu::Vcpu::run`] in `run.rs`.
 #![no_std]
 extern crate alloc;
+#[cfg(test)]
+extern crate std;
 
+mod chipset;
+mod clock;
+pub mod cpuid;
 pub mod engine;
+mod env;
+pub mod host;
+mod hypercall;
+mod inflight;
+pub mod interp_engine;
+pub mod ioeventfd;
+mod memory;
+pub mod msr;
+mod regs;
+mod run;
+pub mod run_page;
+pub mod sync;
+pub mod vcpu;
+pub mod vm;
+
+pub use memory::Memory;
+pub use vcpu::Vcpu;
+pub use vm::Vm;

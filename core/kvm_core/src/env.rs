@@ -1,0 +1,440 @@
+//! What a running vCPU's instructions find around the CPU core: devices, MSRs, CPUID, time.
+
+use crate::cpuid::{self, Cpuid};
+use crate::host::Timer;
+use crate::hypercall;
+use crate::inflight::{InFlight, Op, Pending};
+use crate::memory::Reader;
+use crate::msr::Msrs;
+use crate::run_page::RunPage;
+use crate::vcpu::VcpuShared;
+use crate::vm::Vm;
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use irqchip::{Effect, Lapic, Now};
+use kvm_abi::run::{self, reason};
+use kvm_abi::{guestdbg, mp_state};
+use x86defs::{apic, vector};
+use x86emu::env::{Env, Exception, Exit, Features, Flush, HostCpu, NativeRegs, PhysMem, Stop};
+use x86emu::state::{CpuState, XsaveArea, sreg};
+
+/// Events on their way to the guest that the interrupt controllers do not hold.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Events {
+    /// An exception that user space injects.
+    pub exception: Option<Exception>,
+    /// An interrupt that user space injects, or that was acknowledged and not yet delivered.
+    pub interrupt: Option<u8>,
+    /// `interrupt` was taken from its source already: it does not wait for RFLAGS.IF.
+    pub interrupt_acked: bool,
+    /// NMIs waiting, at most 2.
+    pub nmis: u8,
+}
+
+/// Everything of a vCPU but its CPU core.
+pub(crate) struct VcpuEnv {
+    pub vm: Arc<Vm>,
+    pub shared: Arc<VcpuShared>,
+    /// Position in the VM's list of vCPUs.
+    pub index: usize,
+    pub memory: Reader,
+    pub cpuid: Cpuid,
+    pub features: Features,
+    pub msrs: Msrs,
+    /// IA32_APIC_BASE and CR8 when the local APIC is user space's.
+    pub user_apic_base: u64,
+    pub user_cr8: u64,
+    pub run: RunPage,
+    pub inflight: InFlight,
+    pub events: Events,
+    pub mp_state: u32,
+    /// KVM_SET_GUEST_DEBUG's control.
+    pub guest_debug: u32,
+    native: Box<dyn HostCpu + Send>,
+    timer: Box<dyn Timer>,
+    armed_ns: Option<u64>,
+    /// [`CpuState::tsc_offset`] again, for when the CPU state is not at hand.
+    pub tsc_offset: u64,
+}
+
+impl VcpuEnv {
+    pub fn new(
+        vm: Arc<Vm>,
+        shared: Arc<VcpuShared>,
+        index: usize,
+        timer: Box<dyn Timer>,
+        run: RunPage,
+    ) -> Self {
+        let cpuid = Cpuid::default();
+        let host_xcr0 = cpuid::supported_xcr0(&*vm.host);
+        let mut features = cpuid.features(host_xcr0);
+        features.phys_bits = 36;
+        let in_kernel = vm.irqchip_in_kernel();
+        let bsp = shared.id() == 0;
+        VcpuEnv {
+            memory: Reader::new(&vm.memory),
+            cpuid,
+            features,
+            msrs: Msrs::new(cpuid::vendor(vm.host.cpuid(0, 0))),
+            user_apic_base: apic::DEFAULT_BASE
+                | apic::BASE_ENABLE
+                | if bsp { apic::BASE_BSP } else { 0 },
+            user_cr8: 0,
+            run,
+            inflight: InFlight::default(),
+            events: Events::default(),
+            // Without an in-kernel local APIC nobody could start the others.
+            mp_state: if bsp || !in_kernel {
+                mp_state::RUNNABLE
+            } else {
+                mp_state::UNINITIALIZED
+            },
+            guest_debug: 0,
+            native: vm.host.native_cpu(),
+            timer,
+            armed_ns: None,
+            tsc_offset: 0,
+            vm,
+            shared,
+            index,
+        }
+    }
+
+    /// Replaces CPUID.
+    pub fn set_cpuid(&mut self, cpuid: Cpuid) {
+        self.features = cpuid.features(cpuid::supported_xcr0(&*self.vm.host));
+        if let Some(lapic) = self.shared.lapic() {
+            let mut lapic = lapic.lock();
+            let mut config = *lapic.config();
+            config.x2apic = self.features.leaf1_ecx & x86defs::cpuid::leaf1_ecx::X2APIC != 0;
+            config.tsc_deadline =
+                self.features.leaf1_ecx & x86defs::cpuid::leaf1_ecx::TSC_DEADLINE != 0;
+            config.max_phys_addr = cpuid.phys_bits();
+            lapic.set_config(config);
+        }
+        self.cpuid = cpuid;
+    }
+
+    /// Both clocks.
+    pub fn now(&self) -> Now {
+        Now {
+            ns: self.vm.host.now_ns(),
+            tsc: self.vm.host.tsc().wrapping_add(self.tsc_offset),
+        }
+    }
+
+    pub fn apic_base(&self) -> u64 {
+        self.shared
+            .lapic()
+            .map_or(self.user_apic_base, |l| l.lock().base())
+    }
+
+    /// The gpa's offset in the local APIC's page, if that is where it is.
+    fn lapic_offset(&self, gpa: u64) -> Option<u64> {
+        let lapic = self.shared.lapic()?.lock();
+        let offset = gpa.wrapping_sub(lapic.base_address());
+        (offset < irqchip::lapic::MMIO_SIZE && lapic.is_xapic()).then_some(offset)
+    }
+
+    /// Acts on what a write to the local APIC asks for.
+    pub fn lapic_effect(&mut self, effect: Effect) {
+        match effect {
+            Effect::None | Effect::DestinationChanged | Effect::LvtChanged => {}
+            Effect::SendIpi(message) => {
+                crate::chipset::deliver(&self.vm.vcpus(), &message, Some(self.index));
+            }
+            Effect::Eoi(eoi) => {
+                self.vm.eoi(eoi);
+                self.recheck_interrupts();
+            }
+            Effect::PriorityChanged => self.recheck_interrupts(),
+            Effect::TimerChanged => self.arm_timer(),
+        }
+    }
+
+    /// Leaves guest mode when an interrupt has become deliverable.
+    fn recheck_interrupts(&mut self) {
+        if let Some(lapic) = self.shared.lapic()
+            && lapic.lock().highest_pending().is_some()
+        {
+            self.shared.kick();
+        }
+    }
+
+    /// The local APIC timer's deadline in host time.
+    pub fn timer_deadline(&self) -> Option<u64> {
+        let deadline = self.shared.lapic()?.lock().next_deadline()?;
+        Some(deadline.to_ns(self.now(), self.vm.host.tsc_khz()))
+    }
+
+    /// Makes sure that the vCPU leaves guest mode when its APIC timer expires. A timer that fires too
+    /// early finds nothing to do and is armed again; so moving a deadline back costs nothing.
+    pub fn arm_timer(&mut self) {
+        let Some(deadline) = self.timer_deadline() else {
+            return;
+        };
+        let now = self.vm.host.now_ns();
+        if deadline <= now {
+            self.shared.kick();
+        } else if self.armed_ns.is_none_or(|at| at > deadline || at <= now) {
+            self.armed_ns = Some(deadline);
+            self.timer.set(Some(deadline));
+        }
+    }
+
+    fn with_lapic<R>(&mut self, f: impl FnOnce(&mut Lapic, Now) -> R) -> Option<R> {
+        let now = self.now();
+        Some(f(&mut self.shared.lapic()?.lock(), now))
+    }
+
+    /// Reads an x2APIC MSR.
+    pub fn x2apic_read(&mut self, index: u32) -> Option<u64> {
+        self.with_lapic(|l, now| l.msr_read(index, now))?.ok()
+    }
+
+    /// Writes an x2APIC MSR.
+    pub fn x2apic_write(&mut self, index: u32, value: u64) -> Option<()> {
+        let effect = self
+            .with_lapic(|l, now| l.msr_write(index, value, now))?
+            .ok()?;
+        self.lapic_effect(effect);
+        Some(())
+    }
+
+    /// A read that some in-kernel device answers.
+    fn kernel_read(&mut self, op: Op, data: &mut [u8]) -> bool {
+        match op {
+            Op::In(port) => self.vm.port_read(port, data),
+            Op::Read(gpa) => match self.lapic_offset(gpa) {
+                Some(offset) => {
+                    self.with_lapic(|l, now| l.mmio_read(offset, data, now));
+                    true
+                }
+                None => self.vm.mmio_read(gpa, data),
+            },
+            Op::Out(_) | Op::Write(_) => false,
+        }
+    }
+
+    /// A write that some in-kernel device or ioeventfd takes.
+    fn kernel_write(&mut self, op: Op, data: &[u8]) -> bool {
+        match op {
+            Op::Out(port) => self.vm.port_write(port, data),
+            Op::Write(gpa) => match self.lapic_offset(gpa) {
+                Some(offset) => {
+                    let value = match *data {
+                        [a, b, c, d] => u32::from_le_bytes([a, b, c, d]),
+                        _ => 0,
+                    };
+                    let effect =
+                        self.with_lapic(|l, now| l.mmio_write(offset, data.len(), value, now));
+                    if let Some(effect) = effect {
+                        self.lapic_effect(effect);
+                    }
+                    true
+                }
+                None => self.vm.mmio_write(gpa, data),
+            },
+            Op::In(_) | Op::Read(_) => false,
+        }
+    }
+
+    /// One access of at most 8 bytes, answered from the past, by an in-kernel device, or by user
+    /// space later.
+    fn read(&mut self, op: Op, data: &mut [u8]) -> Result<(), Stop> {
+        if let Some(bytes) = self.inflight.recall(op, data.len()) {
+            data.copy_from_slice(&bytes[..data.len()]);
+            return Ok(());
+        }
+        if self.kernel_read(op, data) {
+            return self.record(op, data);
+        }
+        self.ask_user(op, data)
+    }
+
+    fn write(&mut self, op: Op, data: &[u8]) -> Result<(), Stop> {
+        if self.inflight.recall(op, data.len()).is_some() {
+            return Ok(());
+        }
+        if self.kernel_write(op, data) {
+            return self.record(op, data);
+        }
+        self.ask_user(op, data)
+    }
+
+    fn record(&mut self, op: Op, data: &[u8]) -> Result<(), Stop> {
+        if self.inflight.record(op, data) {
+            Ok(())
+        } else {
+            Err(Stop::Exit(Exit::InternalError))
+        }
+    }
+
+    /// Fills `kvm_run` for an access; the run loop returns to user space with it.
+    fn ask_user(&mut self, op: Op, data: &[u8]) -> Result<(), Stop> {
+        let len = data.len().min(8);
+        self.inflight.pending = Some(Pending {
+            op,
+            len: len as u8,
+            linear_rip: 0,
+        });
+        let page = &self.run;
+        match op {
+            Op::In(port) | Op::Out(port) => {
+                page.set_reason(reason::IO);
+                let out = !op.reads();
+                let mut head = [0; 8];
+                head[0] = if out { run::IO_OUT } else { run::IO_IN };
+                head[1] = len as u8;
+                head[2..4].copy_from_slice(&port.to_ne_bytes());
+                head[4] = 1; // count
+                page.write(run::EXIT, &head);
+                page.set_u64(run::EXIT + 8, run::PIO_OFFSET as u64);
+                if out {
+                    page.write(run::PIO_OFFSET, &data[..len]);
+                }
+            }
+            Op::Read(gpa) | Op::Write(gpa) => {
+                page.set_reason(reason::MMIO);
+                page.set_u64(run::EXIT, gpa);
+                let mut bytes = [0; 8];
+                if !op.reads() {
+                    bytes[..len].copy_from_slice(&data[..len]);
+                }
+                page.write(run::EXIT + 8, &bytes);
+                page.set_u32(run::EXIT + 16, len as u32);
+                page.write(run::EXIT + 20, &[u8::from(!op.reads())]);
+            }
+        }
+        Err(Stop::Exit(Exit::UserSpace))
+    }
+
+    /// Takes user space's answer to the pending access.
+    pub fn take_answer(&mut self, pending: Pending) -> bool {
+        let mut data = [0; 8];
+        let len = usize::from(pending.len);
+        match pending.op {
+            Op::In(_) => self.run.read(run::PIO_OFFSET, &mut data[..len]),
+            Op::Read(_) => self.run.read(run::EXIT + 8, &mut data[..len]),
+            Op::Out(_) | Op::Write(_) => {}
+        }
+        let recorded = self.inflight.record(pending.op, &data[..len]);
+        self.inflight.rewind();
+        recorded
+    }
+}
+
+/// CS base + RIP.
+pub(crate) fn linear_rip(cpu: &CpuState) -> u64 {
+    if cpu.long_mode() && cpu.seg[sreg::CS].long() {
+        cpu.rip
+    } else {
+        cpu.seg[sreg::CS].base.wrapping_add(cpu.rip) & 0xffff_ffff
+    }
+}
+
+impl PhysMem for VcpuEnv {
+    fn host_ptr(&mut self, gpa: u64, len: usize, write: bool) -> Option<*mut u8> {
+        self.memory.host_ptr(&self.vm.memory, gpa, len, write)
+    }
+}
+
+impl HostCpu for VcpuEnv {
+    fn native(
+        &mut self,
+        insn: &[u8],
+        regs: &mut NativeRegs,
+        fpu: Option<&mut XsaveArea>,
+    ) -> Result<(), u8> {
+        self.native.native(insn, regs, fpu)
+    }
+}
+
+impl Env for VcpuEnv {
+    fn mmio_read(&mut self, gpa: u64, data: &mut [u8]) -> Result<(), Stop> {
+        for (i, chunk) in data.chunks_mut(8).enumerate() {
+            self.read(Op::Read(gpa.wrapping_add(i as u64 * 8)), chunk)?;
+        }
+        Ok(())
+    }
+
+    fn mmio_write(&mut self, gpa: u64, data: &[u8]) -> Result<(), Stop> {
+        for (i, chunk) in data.chunks(8).enumerate() {
+            self.write(Op::Write(gpa.wrapping_add(i as u64 * 8)), chunk)?;
+        }
+        Ok(())
+    }
+
+    fn io_in(&mut self, port: u16, data: &mut [u8]) -> Result<(), Stop> {
+        self.read(Op::In(port), data)
+    }
+
+    fn io_out(&mut self, port: u16, data: &[u8]) -> Result<(), Stop> {
+        self.write(Op::Out(port), data)
+    }
+
+    fn rdmsr(&mut self, cpu: &mut CpuState, index: u32) -> Result<u64, Stop> {
+        self.get_msr(cpu, index, false).ok_or_else(|| {
+            log::debug!("vcpu {}: RDMSR {index:#x}: #GP", self.shared.id());
+            Stop::gp(0)
+        })
+    }
+
+    fn wrmsr(&mut self, cpu: &mut CpuState, index: u32, value: u64) -> Result<(), Stop> {
+        self.set_msr(cpu, index, value, false).ok_or_else(|| {
+            log::debug!("vcpu {}: WRMSR {index:#x}: #GP", self.shared.id());
+            Stop::gp(0)
+        })
+    }
+
+    fn cpuid(&mut self, cpu: &CpuState, leaf: u32, subleaf: u32) -> [u32; 4] {
+        self.cpuid.query(cpu, self.apic_base(), leaf, subleaf)
+    }
+
+    fn features(&self) -> &Features {
+        &self.features
+    }
+
+    fn tsc(&mut self, cpu: &CpuState) -> u64 {
+        self.vm.host.tsc().wrapping_add(cpu.tsc_offset)
+    }
+
+    fn cr8(&mut self) -> u64 {
+        self.shared
+            .lapic()
+            .map_or(self.user_cr8, |l| l.lock().cr8())
+    }
+
+    fn set_cr8(&mut self, value: u64) {
+        match self.shared.lapic() {
+            Some(lapic) => {
+                lapic.lock().set_cr8(value);
+                self.recheck_interrupts();
+            }
+            None => self.user_cr8 = value & 0xf,
+        }
+    }
+
+    fn intercepts(&mut self, _cpu: &CpuState, exception: &Exception) -> bool {
+        if self.guest_debug & guestdbg::ENABLE == 0 {
+            return false;
+        }
+        match exception.vector {
+            vector::BP => self.guest_debug & guestdbg::USE_SW_BP != 0,
+            vector::DB => self.guest_debug & (guestdbg::SINGLESTEP | guestdbg::USE_HW_BP) != 0,
+            _ => false,
+        }
+    }
+
+    /// Engines that cache translations wrap this environment and act on it there; the core caches
+    /// none.
+    fn flush(&mut self, _what: Flush) {}
+
+    fn hypercall(&mut self, cpu: &mut CpuState) -> Result<(), Stop> {
+        hypercall::call(self, cpu)
+    }
+
+    fn retired(&mut self) {
+        self.inflight.clear();
+    }
+}

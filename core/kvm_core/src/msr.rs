@@ -1,0 +1,655 @@
+//! Model-specific registers, those in [`CpuState`] and all others.
+//!
+//! Unknown ones are #GP for the guest and stop KVM_GET_MSRS and KVM_SET_MSRS. User space
+//! (`host_initiated` in KVM's words, `host` here) may write what is read-only for the guest.
+
+use crate::cpuid::{ARCH_CAPABILITIES, Vendor};
+use crate::env::VcpuEnv;
+use kvm_abi::paravirt::{steal_time, time_info};
+use x86defs::cpuid::{ext1_edx, leaf7_ebx, leaf7_edx};
+use x86defs::{cr0, efer, msr};
+use x86emu::state::{CpuState, sreg};
+
+/// PAT after RESET.
+const PAT_RESET: u64 = 0x0007_0406_0007_0406;
+/// MTRRCAP: 8 variable ranges, fixed ranges, write combining.
+const MTRRCAP: u64 = 0x508;
+const MTRR_VARIABLE: usize = 8;
+/// MCG_CAP after KVM_CREATE_VCPU: 32 banks.
+const MCG_CAP_RESET: u64 = 32;
+const MCG_CTL_P: u64 = 1 << 8;
+/// MISC_ENABLE: fast strings, no BTS, no PEBS.
+const MISC_ENABLE_RESET: u64 = 1 | 1 << 11 | 1 << 12;
+/// HWCR: the TSC counts at the P0 frequency.
+const HWCR_RESET: u64 = 1 << 24;
+
+/// The MSRs that no instruction but RDMSR and WRMSR looks at.
+#[derive(Clone, Debug)]
+pub(crate) struct Msrs {
+    vendor: Vendor,
+    pat: u64,
+    mtrr_fixed: [u64; 11],
+    mtrr_variable: [u64; 2 * MTRR_VARIABLE],
+    mtrr_default: u64,
+    misc_enable: u64,
+    mcg_cap: u64,
+    mcg_status: u64,
+    mcg_ctl: u64,
+    mce_banks: [u64; (msr::MC_END - msr::MC0_CTL) as usize],
+    tsc_adjust: u64,
+    spec_ctrl: u64,
+    arch_capabilities: u64,
+    platform_info: u64,
+    misc_features: u64,
+    microcode: u64,
+    hwcr: u64,
+    smbase: u64,
+    smi_count: u64,
+    wall_clock: u64,
+    system_time: u64,
+    system_time_old: bool,
+    time_version: u32,
+    steal_time: u64,
+    pv_eoi: u64,
+    async_pf: u64,
+    poll_control: u64,
+    guest_stopped: bool,
+}
+
+impl Msrs {
+    pub fn new(vendor: Vendor) -> Self {
+        Msrs {
+            vendor,
+            pat: PAT_RESET,
+            mtrr_fixed: [0; 11],
+            mtrr_variable: [0; 16],
+            mtrr_default: 0,
+            misc_enable: MISC_ENABLE_RESET,
+            mcg_cap: MCG_CAP_RESET,
+            mcg_status: 0,
+            mcg_ctl: 0,
+            mce_banks: [0; 128],
+            tsc_adjust: 0,
+            spec_ctrl: 0,
+            arch_capabilities: ARCH_CAPABILITIES,
+            platform_info: 0,
+            misc_features: 0,
+            microcode: match vendor {
+                Vendor::Intel => 0x1_0000_0000,
+                Vendor::Amd => 0x0100_0065,
+            },
+            hwcr: HWCR_RESET,
+            smbase: 0x3_0000,
+            smi_count: 0,
+            wall_clock: 0,
+            system_time: 0,
+            system_time_old: false,
+            time_version: 0,
+            steal_time: 0,
+            pv_eoi: 0,
+            async_pf: 0,
+            poll_control: 1,
+            guest_stopped: false,
+        }
+    }
+
+    /// Index into `mtrr_fixed`.
+    fn fixed(index: u32) -> Option<usize> {
+        Some(match index {
+            msr::MTRR_FIX64K => 0,
+            msr::MTRR_FIX16K_0 => 1,
+            msr::MTRR_FIX16K_1 => 2,
+            msr::MTRR_FIX4K_0..=msr::MTRR_FIX4K_7 => 3 + (index - msr::MTRR_FIX4K_0) as usize,
+            _ => return None,
+        })
+    }
+}
+
+/// KVM_GET_MSR_INDEX_LIST: what there is to save and restore.
+pub const INDEX_LIST: &[u32] = &[
+    msr::SYSENTER_CS,
+    msr::SYSENTER_ESP,
+    msr::SYSENTER_EIP,
+    msr::STAR,
+    msr::CSTAR,
+    msr::KERNEL_GS_BASE,
+    msr::FMASK,
+    msr::LSTAR,
+    msr::TSC,
+    msr::PAT,
+    msr::TSC_AUX,
+    msr::SPEC_CTRL,
+    msr::ARCH_CAPABILITIES,
+    msr::EFER,
+    msr::FS_BASE,
+    msr::GS_BASE,
+    msr::APIC_BASE,
+    msr::TSC_ADJUST,
+    msr::TSC_DEADLINE,
+    msr::MISC_ENABLE,
+    msr::MISC_FEATURES_ENABLES,
+    msr::PLATFORM_INFO,
+    msr::MCG_STATUS,
+    msr::MCG_CTL,
+    msr::SMBASE,
+    msr::SMI_COUNT,
+    msr::BIOS_SIGN_ID,
+    msr::MTRR_DEF_TYPE,
+    msr::MTRR_FIX64K,
+    msr::MTRR_FIX16K_0,
+    msr::MTRR_FIX16K_1,
+    msr::MTRR_FIX4K_0,
+    msr::MTRR_FIX4K_0 + 1,
+    msr::MTRR_FIX4K_0 + 2,
+    msr::MTRR_FIX4K_0 + 3,
+    msr::MTRR_FIX4K_0 + 4,
+    msr::MTRR_FIX4K_0 + 5,
+    msr::MTRR_FIX4K_0 + 6,
+    msr::MTRR_FIX4K_7,
+    0x200,
+    0x201,
+    0x202,
+    0x203,
+    0x204,
+    0x205,
+    0x206,
+    0x207,
+    0x208,
+    0x209,
+    0x20a,
+    0x20b,
+    0x20c,
+    0x20d,
+    0x20e,
+    0x20f,
+    msr::AMD_HWCR,
+    msr::KVM_WALL_CLOCK,
+    msr::KVM_SYSTEM_TIME,
+    msr::KVM_WALL_CLOCK_NEW,
+    msr::KVM_SYSTEM_TIME_NEW,
+    msr::KVM_ASYNC_PF_EN,
+    msr::KVM_STEAL_TIME,
+    msr::KVM_PV_EOI_EN,
+    msr::KVM_POLL_CONTROL,
+];
+
+/// KVM_GET_MSR_FEATURE_INDEX_LIST.
+pub const FEATURE_LIST: &[u32] = &[
+    msr::ARCH_CAPABILITIES,
+    msr::BIOS_SIGN_ID,
+    msr::PLATFORM_INFO,
+    msr::AMD_DE_CFG,
+];
+
+/// A feature MSR's value (KVM_GET_MSRS on the system).
+pub fn feature(index: u32, vendor: Vendor) -> Option<u64> {
+    let msrs = Msrs::new(vendor);
+    Some(match index {
+        msr::ARCH_CAPABILITIES => msrs.arch_capabilities,
+        msr::BIOS_SIGN_ID => msrs.microcode,
+        msr::PLATFORM_INFO => msrs.platform_info,
+        msr::AMD_DE_CFG => msr::AMD_DE_CFG_LFENCE,
+        _ => return None,
+    })
+}
+
+/// Sign-extended from bit 47.
+fn canonical(address: u64) -> bool {
+    ((address << 16) as i64 >> 16) as u64 == address
+}
+
+/// PAT memory types and MTRR types that exist.
+fn memory_type(kind: u8, pat: bool) -> bool {
+    matches!(kind, 0 | 1 | 4 | 5 | 6) || (pat && kind == 7)
+}
+
+impl VcpuEnv {
+    /// RDMSR, or KVM_GET_MSRS where `host`. `None`: #GP.
+    pub fn get_msr(&mut self, cpu: &CpuState, index: u32, host: bool) -> Option<u64> {
+        let m = &self.msrs;
+        let amd = m.vendor == Vendor::Amd;
+        Some(match index {
+            msr::FS_BASE => cpu.seg[sreg::FS].base,
+            msr::GS_BASE => cpu.seg[sreg::GS].base,
+            msr::KERNEL_GS_BASE => cpu.kernel_gs_base,
+            msr::EFER => cpu.efer,
+            msr::STAR => cpu.star,
+            msr::LSTAR => cpu.lstar,
+            msr::CSTAR => cpu.cstar,
+            msr::FMASK => cpu.fmask,
+            msr::SYSENTER_CS => cpu.sysenter_cs,
+            msr::SYSENTER_ESP => cpu.sysenter_esp,
+            msr::SYSENTER_EIP => cpu.sysenter_eip,
+            msr::TSC_AUX if host || self.features.ext1_edx & ext1_edx::RDTSCP != 0 => cpu.tsc_aux,
+            msr::TSC => self.vm.host.tsc().wrapping_add(cpu.tsc_offset),
+            msr::TSC_ADJUST => m.tsc_adjust,
+            msr::TSC_DEADLINE => self.shared.lapic().map_or(0, |l| l.lock().tsc_deadline()),
+            msr::APIC_BASE => self.apic_base(),
+            msr::X2APIC_BASE..=msr::X2APIC_END => return self.x2apic_read(index),
+            msr::PAT => m.pat,
+            msr::MTRRCAP => MTRRCAP,
+            msr::MTRR_DEF_TYPE => m.mtrr_default,
+            msr::MTRR_PHYSBASE0..=msr::MTRR_PHYSMASK7 => {
+                m.mtrr_variable[(index - msr::MTRR_PHYSBASE0) as usize]
+            }
+            _ if Msrs::fixed(index).is_some() => m.mtrr_fixed[Msrs::fixed(index)?],
+            msr::MISC_ENABLE => m.misc_enable,
+            msr::MISC_FEATURES_ENABLES => m.misc_features,
+            msr::PLATFORM_INFO => m.platform_info,
+            msr::ARCH_CAPABILITIES if host || self.has_arch_capabilities() => m.arch_capabilities,
+            msr::SPEC_CTRL if host || self.has_spec_ctrl() => m.spec_ctrl,
+            msr::BIOS_SIGN_ID => m.microcode,
+            msr::SMBASE if host => m.smbase,
+            msr::SMI_COUNT => m.smi_count,
+            msr::MCG_CAP => m.mcg_cap,
+            msr::MCG_STATUS => m.mcg_status,
+            msr::MCG_CTL if host || m.mcg_cap & MCG_CTL_P != 0 => m.mcg_ctl,
+            msr::MC0_CTL..msr::MC_END => {
+                let at = index - msr::MC0_CTL;
+                if u64::from(at / 4) >= m.mcg_cap & 0xff {
+                    return None;
+                }
+                m.mce_banks[at as usize]
+            }
+            msr::PERF_STATUS => 1000 | 4 << 40,
+            msr::FSB_FREQ => 3,
+            // EBC_FREQUENCY_ID: a bus at 100 MHz, as KVM says.
+            0x2c => 1 << 24,
+            msr::BBL_CR_CTL3 => 0xbe70_2111,
+            msr::P5_MC_ADDR
+            | msr::P5_MC_TYPE
+            | msr::PLATFORM_ID
+            | msr::EBL_CR_POWERON
+            | msr::DEBUGCTL
+            | msr::LASTBRANCHFROMIP
+            | msr::LASTBRANCHTOIP
+            | msr::LASTINTFROMIP
+            | msr::LASTINTTOIP
+            | msr::PERF_CTL
+            | msr::MPERF
+            | msr::APERF => 0,
+            // RAPL: no energy counters.
+            msr::RAPL_POWER_UNIT | 0x611 | 0x619 | 0x639 | 0x641 => 0,
+            msr::AMD_HWCR if amd || host => m.hwcr,
+            msr::AMD_DE_CFG if amd || host => msr::AMD_DE_CFG_LFENCE,
+            msr::K7_EVNTSEL0..=msr::K7_PERFCTR3
+            | msr::AMD_SYSCFG
+            | msr::AMD_NB_CFG
+            | msr::AMD_INT_PENDING
+            | msr::AMD_MMIO_CONF_BASE
+            | msr::AMD_VM_CR
+            | msr::AMD_DC_CFG
+            | msr::AMD_BU_CFG2
+            | msr::AMD_LS_CFG
+            | msr::AMD_RAPL_POWER_UNIT
+            | msr::AMD_TOP_MEM
+            | msr::AMD_TOP_MEM2
+            // TSEG base and mask, VM_HSAVE_PA, TW_CFG, EX_CFG
+            | 0xc001_0112
+            | 0xc001_0113
+            | 0xc001_0117
+            | 0xc001_1023
+            | 0xc001_102c
+                if amd =>
+            {
+                0
+            }
+            msr::KVM_WALL_CLOCK | msr::KVM_WALL_CLOCK_NEW => m.wall_clock,
+            msr::KVM_SYSTEM_TIME | msr::KVM_SYSTEM_TIME_NEW => m.system_time,
+            msr::KVM_ASYNC_PF_EN => m.async_pf,
+            msr::KVM_STEAL_TIME => m.steal_time,
+            msr::KVM_PV_EOI_EN => m.pv_eoi,
+            msr::KVM_POLL_CONTROL => m.poll_control,
+            _ => return None,
+        })
+    }
+
+    /// WRMSR, or KVM_SET_MSRS where `host`. `None`: #GP.
+    pub fn set_msr(
+        &mut self,
+        cpu: &mut CpuState,
+        index: u32,
+        value: u64,
+        host: bool,
+    ) -> Option<()> {
+        let ok = |condition: bool| condition.then_some(());
+        let amd = self.msrs.vendor == Vendor::Amd;
+        match index {
+            msr::FS_BASE => {
+                ok(canonical(value))?;
+                cpu.seg[sreg::FS].base = value;
+            }
+            msr::GS_BASE => {
+                ok(canonical(value))?;
+                cpu.seg[sreg::GS].base = value;
+            }
+            msr::KERNEL_GS_BASE => {
+                ok(canonical(value))?;
+                cpu.kernel_gs_base = value;
+            }
+            msr::LSTAR => {
+                ok(canonical(value))?;
+                cpu.lstar = value;
+            }
+            msr::CSTAR => {
+                ok(canonical(value))?;
+                cpu.cstar = value;
+            }
+            msr::SYSENTER_ESP => {
+                ok(canonical(value))?;
+                cpu.sysenter_esp = value;
+            }
+            msr::SYSENTER_EIP => {
+                ok(canonical(value))?;
+                cpu.sysenter_eip = value;
+            }
+            msr::EFER => self.set_efer(cpu, value, host)?,
+            msr::STAR => cpu.star = value,
+            msr::FMASK => cpu.fmask = value & 0xffff_ffff,
+            msr::SYSENTER_CS => cpu.sysenter_cs = value & 0xffff_ffff,
+            msr::TSC_AUX if host || self.features.ext1_edx & ext1_edx::RDTSCP != 0 => {
+                ok(value >> 32 == 0)?;
+                cpu.tsc_aux = value;
+            }
+            msr::TSC => self.write_tsc(cpu, value, host),
+            msr::TSC_ADJUST => {
+                if self.features.leaf7_ebx & leaf7_ebx::TSC_ADJUST != 0 && !host {
+                    let delta = value.wrapping_sub(self.msrs.tsc_adjust);
+                    self.set_tsc_offset(cpu, cpu.tsc_offset.wrapping_add(delta));
+                }
+                self.msrs.tsc_adjust = value;
+            }
+            msr::TSC_DEADLINE => {
+                if let Some(lapic) = self.shared.lapic() {
+                    lapic.lock().set_tsc_deadline(value);
+                    self.arm_timer();
+                }
+            }
+            msr::APIC_BASE => match self.shared.lapic() {
+                Some(lapic) => lapic.lock().set_base(value, host).ok()?,
+                None => self.user_apic_base = value,
+            },
+            msr::X2APIC_BASE..=msr::X2APIC_END => self.x2apic_write(index, value)?,
+            msr::PAT => {
+                ok(value.to_le_bytes().iter().all(|&b| memory_type(b, true)))?;
+                self.msrs.pat = value;
+            }
+            msr::MTRR_DEF_TYPE => {
+                ok(value & !0xcff == 0 && memory_type(value as u8, false))?;
+                self.msrs.mtrr_default = value;
+            }
+            msr::MTRR_PHYSBASE0..=msr::MTRR_PHYSMASK7 => {
+                let beyond = u64::MAX << self.features.phys_bits.min(63);
+                let reserved = if index & 1 == 0 { 0xf00 } else { 0x7ff };
+                ok(value & (beyond | reserved) == 0)?;
+                ok(index & 1 == 1 || memory_type(value as u8, false))?;
+                self.msrs.mtrr_variable[(index - msr::MTRR_PHYSBASE0) as usize] = value;
+            }
+            _ if Msrs::fixed(index).is_some() => {
+                ok(value.to_le_bytes().iter().all(|&b| memory_type(b, false)))?;
+                self.msrs.mtrr_fixed[Msrs::fixed(index)?] = value;
+            }
+            msr::MTRRCAP => ok(host && value == MTRRCAP)?,
+            msr::MISC_ENABLE => self.msrs.misc_enable = value,
+            msr::MISC_FEATURES_ENABLES => {
+                // CPUID faulting is not offered (PLATFORM_INFO bit 31).
+                ok(value == 0)?;
+                self.msrs.misc_features = value;
+            }
+            msr::PLATFORM_INFO => {
+                ok(host && value == 0)?;
+                self.msrs.platform_info = value;
+            }
+            msr::ARCH_CAPABILITIES => {
+                ok(host)?;
+                self.msrs.arch_capabilities = value;
+            }
+            msr::SPEC_CTRL if host || self.has_spec_ctrl() => {
+                ok(value & !0x7 == 0)?;
+                self.msrs.spec_ctrl = value;
+            }
+            msr::PRED_CMD if host || self.has_spec_ctrl() => ok(value & !1 == 0)?,
+            msr::FLUSH_CMD => {
+                let offered = self.features.leaf7_edx & leaf7_edx::FLUSH_L1D != 0;
+                ok((host || offered) && value & !1 == 0)?;
+            }
+            msr::BIOS_SIGN_ID => {
+                if host {
+                    self.msrs.microcode = value;
+                }
+            }
+            msr::BIOS_UPDT_TRIG | msr::AMD_PATCH_LOADER => {}
+            msr::SMBASE => {
+                ok(host)?;
+                self.msrs.smbase = value;
+            }
+            msr::SMI_COUNT => {
+                ok(host)?;
+                self.msrs.smi_count = value;
+            }
+            msr::MCG_STATUS => self.msrs.mcg_status = value,
+            msr::MCG_CTL => {
+                ok(host || self.msrs.mcg_cap & MCG_CTL_P != 0)?;
+                ok(value == 0 || value == u64::MAX)?;
+                self.msrs.mcg_ctl = value;
+            }
+            msr::MC0_CTL..msr::MC_END => {
+                let at = index - msr::MC0_CTL;
+                ok(u64::from(at / 4) < self.msrs.mcg_cap & 0xff)?;
+                match at % 4 {
+                    // All on or all off, but for a bit that old kernels leave off on purpose.
+                    0 => ok(value == 0 || value | 1 << 10 == u64::MAX || value | 1 == u64::MAX)?,
+                    1 if !host => ok(value == 0 || self.msrs.hwcr & (1 << 18) != 0)?,
+                    _ => {}
+                }
+                self.msrs.mce_banks[at as usize] = value;
+            }
+            msr::DEBUGCTL => ok(value & !3 == 0)?,
+            msr::PERF_CTL | msr::PERF_STATUS | msr::EBL_CR_POWERON => {}
+            msr::AMD_HWCR if amd || host => {
+                // FFDIS, MONMWAITUSEREN, TLBCACHEDIS and IRPERFEN mean nothing here.
+                let value = value & !(1 << 6 | 1 << 8 | 1 << 3 | 1 << 30);
+                ok(value & !(1 << 18 | HWCR_RESET) == 0)?;
+                self.msrs.hwcr = value;
+            }
+            msr::AMD_DE_CFG if amd || host => ok(value & !msr::AMD_DE_CFG_LFENCE == 0)?,
+            msr::AMD_BU_CFG2 | msr::K7_EVNTSEL0..=msr::K7_PERFCTR3 if amd => ok(value == 0)?,
+            msr::AMD_SYSCFG
+            | msr::AMD_NB_CFG
+            | msr::AMD_VM_CR
+            | msr::AMD_DC_CFG
+            | msr::AMD_LS_CFG
+            | 0xc001_0117
+                if amd => {}
+            msr::KVM_WALL_CLOCK | msr::KVM_WALL_CLOCK_NEW => {
+                self.msrs.wall_clock = value;
+                if !host {
+                    self.write_wall_clock(value);
+                }
+            }
+            msr::KVM_SYSTEM_TIME | msr::KVM_SYSTEM_TIME_NEW => {
+                self.msrs.system_time = value;
+                self.msrs.system_time_old = index == msr::KVM_SYSTEM_TIME;
+                self.write_time_info(cpu);
+            }
+            // Not offered: there is nothing asynchronous about page faults here.
+            msr::KVM_ASYNC_PF_EN => {
+                ok(value & 1 == 0)?;
+                self.msrs.async_pf = value;
+            }
+            msr::KVM_STEAL_TIME => {
+                ok(value & 0x3e == 0)?;
+                self.msrs.steal_time = value;
+                self.write_steal_time();
+            }
+            msr::KVM_PV_EOI_EN => {
+                ok(value & 2 == 0)?;
+                self.msrs.pv_eoi = value;
+            }
+            msr::KVM_POLL_CONTROL => {
+                ok(value & !1 == 0)?;
+                self.msrs.poll_control = value;
+            }
+            _ => return None,
+        }
+        Some(())
+    }
+
+    fn has_arch_capabilities(&self) -> bool {
+        self.features.leaf7_edx & leaf7_edx::ARCH_CAPABILITIES != 0
+    }
+
+    fn has_spec_ctrl(&self) -> bool {
+        let amd = self.cpuid.regs(0x8000_0008, 0)[1];
+        self.features.leaf7_edx & leaf7_edx::SPEC_CTRL != 0 || amd & (7 << 12) != 0
+    }
+
+    /// Engines notice a change of EFER themselves: it is in the CPU state that they pass.
+    fn set_efer(&mut self, cpu: &mut CpuState, value: u64, host: bool) -> Option<()> {
+        let mut allowed = self.features.efer_allowed;
+        if host {
+            // User space may restore state before it sets CPUID.
+            allowed |= efer::SCE | efer::LME | efer::LMA | efer::NX | efer::FFXSR | efer::AUTOIBRS;
+        }
+        if value & !(allowed | efer::LMA) != 0 {
+            return None;
+        }
+        if !host && cpu.cr0 & cr0::PG != 0 && (value ^ cpu.efer) & efer::LME != 0 {
+            return None;
+        }
+        let lma = if host { value } else { cpu.efer } & efer::LMA;
+        cpu.efer = value & !efer::LMA | lma;
+        Some(())
+    }
+
+    // Time.
+
+    /// Starts the TSC of a new vCPU: 0 for the first, in step with it for the others.
+    pub fn init_tsc(&mut self, cpu: &mut CpuState) {
+        self.write_tsc(cpu, 0, true);
+    }
+
+    fn set_tsc_offset(&mut self, cpu: &mut CpuState, offset: u64) {
+        cpu.tsc_offset = offset;
+        self.tsc_offset = offset;
+        self.write_time_info(cpu);
+        self.arm_timer();
+    }
+
+    /// A write of IA32_TSC. Values that user space writes to several vCPUs within about a second of
+    /// the same moment mean that they shall be synchronized, as in KVM.
+    fn write_tsc(&mut self, cpu: &mut CpuState, value: u64, host: bool) {
+        let now = self.vm.host.tsc();
+        let mut offset = value.wrapping_sub(now);
+        if host {
+            let hz = u64::from(self.vm.host.tsc_khz()) * 1000;
+            let mut last = self.vm.tsc.lock();
+            if last.valid {
+                let expected = last.value.wrapping_add(now.wrapping_sub(last.host_tsc));
+                if value == 0 || value.abs_diff(expected) < hz {
+                    offset = last.offset;
+                }
+            }
+            *last = crate::vm::TscWrite {
+                valid: true,
+                host_tsc: now,
+                value: now.wrapping_add(offset),
+                offset,
+            };
+        } else {
+            let delta = offset.wrapping_sub(cpu.tsc_offset);
+            self.msrs.tsc_adjust = self.msrs.tsc_adjust.wrapping_add(delta);
+        }
+        self.set_tsc_offset(cpu, offset);
+    }
+
+    /// Tells the guest that it was stopped (KVM_KVMCLOCK_CTRL), so that its watchdogs keep still.
+    /// `false`: it has no clock.
+    pub fn set_guest_stopped(&mut self, cpu: &CpuState) -> bool {
+        if self.msrs.system_time & 1 == 0 {
+            return false;
+        }
+        self.msrs.guest_stopped = true;
+        self.write_time_info(cpu);
+        true
+    }
+
+    /// Writes the vCPU's kvmclock page: an odd version while it changes, an even one after.
+    pub fn write_time_info(&mut self, cpu: &CpuState) {
+        let address = self.msrs.system_time;
+        if address & 1 == 0 {
+            return;
+        }
+        let gpa = address & !1;
+        let mut flags = 0;
+        if !self.msrs.system_time_old {
+            flags |= time_info::FLAG_TSC_STABLE;
+        }
+        if core::mem::take(&mut self.msrs.guest_stopped) {
+            flags |= time_info::FLAG_GUEST_STOPPED;
+        }
+        let page = self.vm.kvmclock().time_info(cpu.tsc_offset, flags);
+        let version = self.msrs.time_version.wrapping_add(2) & !1;
+        self.msrs.time_version = version;
+        let vm = self.vm.clone();
+        let memory = &vm.memory;
+        let odd = (version | 1).to_le_bytes();
+        let ok = self.memory.write(memory, gpa, &odd)
+            && self.memory.write(
+                memory,
+                gpa + time_info::TSC_TIMESTAMP as u64,
+                &page[time_info::TSC_TIMESTAMP..],
+            )
+            && self
+                .memory
+                .write(memory, gpa, &version.wrapping_add(2).to_le_bytes());
+        self.msrs.time_version = version.wrapping_add(2);
+        if !ok {
+            log::debug!("vcpu {}: no RAM at the kvmclock page", self.shared.id());
+        }
+    }
+
+    /// Writes `pvclock_wall_clock`: the time of day when kvmclock was 0.
+    fn write_wall_clock(&mut self, gpa: u64) {
+        if gpa == 0 {
+            return;
+        }
+        let vm = self.vm.clone();
+        let mut version = [0; 4];
+        if !self.memory.read(&vm.memory, gpa, &mut version) {
+            return;
+        }
+        let version = u32::from_le_bytes(version) | 1;
+        let boot = vm
+            .host
+            .realtime_ns()
+            .saturating_sub(vm.kvmclock().ns(vm.host.tsc()));
+        let mut time = [0; 8];
+        time[..4].copy_from_slice(&((boot / 1_000_000_000) as u32).to_le_bytes());
+        time[4..].copy_from_slice(&((boot % 1_000_000_000) as u32).to_le_bytes());
+        let next = version.wrapping_add(1);
+        let _ = self.memory.write(&vm.memory, gpa, &version.to_le_bytes())
+            && self.memory.write(&vm.memory, gpa.wrapping_add(4), &time)
+            && self.memory.write(&vm.memory, gpa, &next.to_le_bytes());
+    }
+
+    /// Initializes `kvm_steal_time`: nothing stolen, running.
+    fn write_steal_time(&mut self) {
+        if self.msrs.steal_time & 1 == 0 {
+            return;
+        }
+        let gpa = self.msrs.steal_time & !0x3f;
+        let vm = self.vm.clone();
+        let _ = self
+            .memory
+            .write(&vm.memory, gpa.wrapping_add(steal_time::PREEMPTED), &[0]);
+    }
+
+    /// Puts what INIT and RESET change among these MSRs to its start value.
+    pub fn reset_msrs(&mut self, init: bool) {
+        self.msrs.misc_features = 0;
+        if !init {
+            self.msrs.pat = PAT_RESET;
+        }
+    }
+}

@@ -1,0 +1,481 @@
+//! The main path: a vCPU's life between two returns to user space.
+//!
+//! [`Vcpu::run`] finishes the access that user space was asked to answer, and then takes turns
+//! ([`Vcpu::turn`]): see to requests, sleep if halted, inject what is pending, let the engine run
+//! guest code until it exits, decide what the exit means.
+
+use crate::env::linear_rip;
+use crate::sync::yield_now;
+use crate::vcpu::{Vcpu, request};
+use kvm_abi::run::{self, internal, reason};
+use kvm_abi::{Errno, guestdbg, mp_state};
+use x86defs::{cr0, dr, rflags, vector};
+use x86emu::env::{Exception, Exit};
+use x86emu::event::{self, Event};
+use x86emu::state::{CpuState, Segment, gpr, shadow, sreg};
+
+use crate::host::Wake;
+
+/// What comes after a turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    /// Another turn.
+    Turn,
+    /// Back to user space; `kvm_run` says why.
+    User,
+}
+
+/// Requests that wake a sleeping vCPU whatever its state.
+const WAKE_ALWAYS: u32 = request::INIT | request::SIPI | request::USER;
+
+impl Vcpu {
+    /// KVM_RUN: executes guest code until user space is needed; `kvm_run` says what for.
+    ///
+    /// # Errors
+    /// EINTR: kicked, a signal, or `immediate_exit`; EAGAIN: the vCPU waited for its start-up IPI.
+    pub fn run(&mut self) -> Result<(), Errno> {
+        let result = self.run_inner();
+        if result == Err(Errno::EINTR) {
+            self.env.run.set_reason(reason::INTR);
+        }
+        self.publish();
+        result
+    }
+
+    fn run_inner(&mut self) -> Result<(), Errno> {
+        // CR8 is user space's to set when it has the local APIC.
+        if self.env.shared.lapic().is_none() {
+            self.env.user_cr8 = self.env.run.u64(run::CR8) & 0xf;
+        }
+        if self.env.mp_state == mp_state::UNINITIALIZED {
+            self.check_user_exit()?;
+            self.process_requests();
+            if self.env.mp_state == mp_state::UNINITIALIZED {
+                self.sleep(None)?;
+                self.process_requests();
+            }
+            return Err(Errno::EAGAIN);
+        }
+        if self.complete_access()? == Next::User {
+            return Ok(());
+        }
+        self.check_user_exit()?;
+        while self.turn()? == Next::Turn {}
+        Ok(())
+    }
+
+    /// One round of requests, injection, guest code, exit.
+    fn turn(&mut self) -> Result<Next, Errno> {
+        // First the flag, then what it stands for: whatever is raised from here on makes the engine
+        // return at once.
+        self.engine.clear_attention();
+        self.check_user_exit()?;
+        self.process_requests();
+        match self.env.mp_state {
+            mp_state::RUNNABLE => {}
+            mp_state::HALTED => {
+                if !self.wakes() {
+                    self.sleep(self.env.timer_deadline())?;
+                    return Ok(Next::Turn);
+                }
+                self.env.mp_state = mp_state::RUNNABLE;
+            }
+            _ => {
+                self.sleep(None)?;
+                return Ok(Next::Turn);
+            }
+        }
+        self.env.arm_timer();
+        let irq_window = match self.inject() {
+            Ok(Injected::Nothing) => false,
+            Ok(Injected::Blocked) => true,
+            Ok(Injected::NmiBlocked) => {
+                // Only the end of the handler or of a shadow opens the way, and no engine reports
+                // that; so the vCPU goes step by step until then.
+                let exit = self.engine.step(&mut self.env);
+                return exit.map_or(Ok(Next::Turn), |exit| self.decide(exit));
+            }
+            Err(exit) => return self.decide(exit),
+        };
+        let user_window = self.env.shared.lapic().is_none()
+            && self.env.run.u8(run::REQUEST_INTERRUPT_WINDOW) != 0;
+        if user_window && self.ready_for_interrupt() {
+            self.env.run.set_reason(reason::IRQ_WINDOW_OPEN);
+            return Ok(Next::User);
+        }
+        let exit = if self.single_step() {
+            self.traced_step()
+        } else {
+            self.engine.run(&mut self.env, irq_window || user_window)
+        };
+        self.decide(exit)
+    }
+
+    /// What an exit means.
+    fn decide(&mut self, exit: Exit) -> Result<Next, Errno> {
+        let page = &self.env.run;
+        match exit {
+            Exit::Interrupted => return Ok(Next::Turn),
+            Exit::Pause => {
+                yield_now();
+                return Ok(Next::Turn);
+            }
+            Exit::Hlt => {
+                if self.env.shared.lapic().is_some() {
+                    self.env.mp_state = mp_state::HALTED;
+                    return Ok(Next::Turn);
+                }
+                page.set_reason(reason::HLT);
+            }
+            Exit::UserSpace => {
+                let rip = linear_rip(self.engine.cpu_ref());
+                match &mut self.env.inflight.pending {
+                    Some(pending) => pending.linear_rip = rip,
+                    None => {
+                        log::error!("an engine asked for user space without an access");
+                        self.internal_error(internal::EMULATION);
+                    }
+                }
+            }
+            Exit::Shutdown => page.set_reason(reason::SHUTDOWN),
+            Exit::EmulationFailed => {
+                let cpu = self.engine.cpu_ref();
+                log::error!(
+                    "vcpu {}: cannot execute the instruction at {:#x}:{:#x}",
+                    self.env.shared.id(),
+                    cpu.seg[sreg::CS].selector,
+                    cpu.rip
+                );
+                self.internal_error(internal::EMULATION);
+            }
+            Exit::InternalError => self.internal_error(internal::EMULATION),
+            Exit::Debug(exception) => self.debug_exit(&exception),
+        }
+        Ok(Next::User)
+    }
+
+    // Coming from and going to user space.
+
+    fn check_user_exit(&mut self) -> Result<(), Errno> {
+        if self.env.run.immediate_exit() || self.env.shared.take_requests(request::USER) != 0 {
+            return Err(Errno::EINTR);
+        }
+        Ok(())
+    }
+
+    /// Takes user space's answer to the pending access and finishes the instruction with it.
+    fn complete_access(&mut self) -> Result<Next, Errno> {
+        let Some(pending) = self.env.inflight.pending.take() else {
+            return Ok(Next::Turn);
+        };
+        if pending.linear_rip != linear_rip(self.engine.cpu_ref()) {
+            // User space has moved the vCPU elsewhere.
+            self.env.inflight.clear();
+            return Ok(Next::Turn);
+        }
+        if !self.env.take_answer(pending) {
+            self.internal_error(internal::EMULATION);
+            return Ok(Next::User);
+        }
+        match self.engine.step(&mut self.env) {
+            None => Ok(Next::Turn),
+            Some(exit) => self.decide(exit),
+        }
+    }
+
+    /// Writes what `kvm_run` shows at every return.
+    pub(crate) fn publish(&mut self) {
+        let cpu = self.engine.cpu_ref();
+        let if_flag = cpu.rflags & rflags::IF != 0;
+        let (apic_base, cr8) = match self.env.shared.lapic() {
+            Some(lapic) => {
+                let lapic = lapic.lock();
+                (lapic.base(), lapic.cr8())
+            }
+            None => (self.env.user_apic_base, self.env.user_cr8),
+        };
+        let ready = self.env.shared.lapic().is_some() || self.ready_for_interrupt();
+        let page = &self.env.run;
+        page.write(run::IF_FLAG, &[u8::from(if_flag)]);
+        page.write(run::READY_FOR_INTERRUPT_INJECTION, &[u8::from(ready)]);
+        page.set_u64(run::CR8, cr8);
+        page.set_u64(run::APIC_BASE, apic_base);
+    }
+
+    /// KVM_INTERRUPT would be delivered now.
+    fn ready_for_interrupt(&self) -> bool {
+        let cpu = self.engine.cpu_ref();
+        cpu.rflags & rflags::IF != 0
+            && cpu.shadow == 0
+            && self.env.events.interrupt.is_none()
+            && self.env.events.exception.is_none()
+    }
+
+    pub(crate) fn internal_error(&mut self, suberror: u32) {
+        let page = &self.env.run;
+        page.set_reason(reason::INTERNAL_ERROR);
+        page.set_u32(run::EXIT, suberror);
+        page.set_u32(run::EXIT + 4, 0);
+        self.env.inflight.clear();
+    }
+
+    // Requests and sleep.
+
+    /// Sees to what other threads asked for.
+    pub(crate) fn process_requests(&mut self) {
+        let shared = self.env.shared.clone();
+        if shared.take_requests(request::NMI) != 0 {
+            let cpu = self.engine.cpu_ref();
+            // One in service and one waiting, or two waiting: more are lost, as on hardware.
+            let limit = if cpu.nmi_blocked { 1 } else { 2 };
+            self.env.events.nmis = self
+                .env
+                .events
+                .nmis
+                .saturating_add(shared.take_nmis())
+                .min(limit);
+        }
+        if shared.take_requests(request::CLOCK) != 0 {
+            self.env.write_time_info(self.engine.cpu_ref());
+        }
+        if shared.take_requests(request::INIT) != 0 {
+            self.init();
+        }
+        if self.env.mp_state == mp_state::INIT_RECEIVED && shared.take_requests(request::SIPI) != 0
+        {
+            self.start_up(shared.sipi_vector());
+        }
+        if self.env.mp_state == mp_state::UNINITIALIZED {
+            // A start-up IPI means nothing before INIT.
+            shared.take_requests(request::SIPI);
+        }
+        if let Some(lapic) = shared.lapic() {
+            let now = self.env.now();
+            lapic.lock().expire(now);
+        }
+    }
+
+    /// INIT: the CPU as after RESET, but for caches, FPU and some MSRs. Application processors then
+    /// wait for a start-up IPI.
+    fn init(&mut self) {
+        reset_cpu(self.engine.cpu(), true, self.env.cpuid.regs(1, 0)[0]);
+        self.engine.state_changed();
+        self.env.reset_msrs(true);
+        self.env.inflight.clear();
+        self.env.events = Default::default();
+        let mut bsp = true;
+        if let Some(lapic) = self.env.shared.lapic() {
+            let mut lapic = lapic.lock();
+            lapic.reset(true);
+            bsp = lapic.config().bsp;
+        }
+        self.env.mp_state = if bsp {
+            mp_state::RUNNABLE
+        } else {
+            mp_state::INIT_RECEIVED
+        };
+    }
+
+    /// A start-up IPI: real mode, at the page that the vector names.
+    fn start_up(&mut self, page: u8) {
+        let cpu = self.engine.cpu();
+        cpu.seg[sreg::CS] = Segment {
+            base: u64::from(page) << 12,
+            limit: 0xffff,
+            selector: u16::from(page) << 8,
+            attr: 0x9b,
+            unusable: false,
+        };
+        cpu.rip = 0;
+        self.engine.state_changed();
+        self.env.mp_state = mp_state::RUNNABLE;
+    }
+
+    /// Whether a halted vCPU has a reason to go on.
+    fn wakes(&mut self) -> bool {
+        let cpu = self.engine.cpu_ref();
+        let events = &self.env.events;
+        if events.exception.is_some() || (events.nmis != 0 && !cpu.nmi_blocked) {
+            return true;
+        }
+        if self.env.shared.take_requests(request::UNHALT) != 0 {
+            return true;
+        }
+        cpu.rflags & rflags::IF != 0 && (events.interrupt.is_some() || self.interrupt_pending())
+    }
+
+    fn sleep(&mut self, deadline_ns: Option<u64>) -> Result<(), Errno> {
+        if self.env.shared.has_requests(WAKE_ALWAYS) {
+            return Ok(());
+        }
+        match self.env.shared.waiter().wait(deadline_ns) {
+            Wake::Woken | Wake::Deadline => Ok(()),
+            Wake::Signal => Err(Errno::EINTR),
+        }
+    }
+
+    // Injection.
+
+    /// Whether the interrupt controllers have something for this vCPU.
+    fn interrupt_pending(&self) -> bool {
+        let Some(lapic) = self.env.shared.lapic() else {
+            return false;
+        };
+        let pic = {
+            let lapic = lapic.lock();
+            if lapic.highest_pending().is_some() {
+                return true;
+            }
+            lapic.accepts_pic()
+        };
+        pic && self.env.vm.pic_output()
+    }
+
+    /// Takes the interrupt to deliver from its controller.
+    fn acknowledge(&mut self) -> Option<u8> {
+        let lapic = self.env.shared.lapic()?;
+        let pic = lapic.lock().accepts_pic();
+        // The 8259's interrupt comes past the local APIC's priorities.
+        if pic && let Some(vector) = self.env.vm.pic_ack() {
+            return Some(vector);
+        }
+        let mut lapic = lapic.lock();
+        lapic.highest_pending()?;
+        Some(lapic.ack())
+    }
+
+    /// Delivers the most urgent pending event, if the guest can take it now.
+    fn inject(&mut self) -> Result<Injected, Exit> {
+        if let Some(exception) = self.env.events.exception.take() {
+            self.deliver(Event::from(exception))?;
+        }
+        let cpu = self.engine.cpu_ref();
+        if self.env.events.interrupt_acked
+            && let Some(vector) = self.env.events.interrupt.take()
+        {
+            self.env.events.interrupt_acked = false;
+            self.deliver(Event::external(vector))?;
+            return Ok(self.left_over());
+        }
+        if self.env.guest_debug & guestdbg::BLOCKIRQ != 0 {
+            return Ok(Injected::Nothing);
+        }
+        if self.env.events.nmis != 0 {
+            if cpu.nmi_blocked || cpu.shadow & (shadow::MOV_SS | shadow::STI) != 0 {
+                return Ok(Injected::NmiBlocked);
+            }
+            self.env.events.nmis -= 1;
+            self.deliver(Event::nmi())?;
+            return Ok(self.left_over());
+        }
+        if self.env.events.interrupt.is_none() && !self.interrupt_pending() {
+            return Ok(Injected::Nothing);
+        }
+        let cpu = self.engine.cpu_ref();
+        if cpu.rflags & rflags::IF == 0 || cpu.shadow != 0 {
+            return Ok(Injected::Blocked);
+        }
+        let vector = match self.env.events.interrupt.take() {
+            Some(vector) => Some(vector),
+            None => self.acknowledge(),
+        };
+        if let Some(vector) = vector {
+            self.deliver(Event::external(vector))?;
+        }
+        Ok(self.left_over())
+    }
+
+    /// What still waits after a delivery.
+    fn left_over(&self) -> Injected {
+        let cpu = self.engine.cpu_ref();
+        if self.env.events.nmis != 0 && (cpu.nmi_blocked || cpu.shadow != 0) {
+            Injected::NmiBlocked
+        } else if self.env.events.interrupt.is_some() || self.interrupt_pending() {
+            Injected::Blocked
+        } else {
+            Injected::Nothing
+        }
+    }
+
+    fn deliver(&mut self, event: Event) -> Result<(), Exit> {
+        match event::deliver(self.engine.cpu(), &mut self.env, event) {
+            // The IDT or the stack is not in RAM: there is no instruction to execute again.
+            Err(Exit::UserSpace) => {
+                self.env.inflight.clear();
+                Err(Exit::InternalError)
+            }
+            result => result,
+        }
+    }
+
+    // Guest debugging.
+
+    fn single_step(&self) -> bool {
+        let both = guestdbg::ENABLE | guestdbg::SINGLESTEP;
+        self.env.guest_debug & both == both
+    }
+
+    /// One instruction for the debugger.
+    fn traced_step(&mut self) -> Exit {
+        match self.engine.step(&mut self.env) {
+            None => Exit::Debug(Exception {
+                vector: vector::DB,
+                error: None,
+                payload: dr::DR6_BS,
+            }),
+            Some(exit) => exit,
+        }
+    }
+
+    fn debug_exit(&mut self, exception: &Exception) {
+        let cpu = self.engine.cpu_ref();
+        let page = &self.env.run;
+        page.set_reason(reason::DEBUG);
+        page.set_u32(run::EXIT, u32::from(exception.vector));
+        page.set_u32(run::EXIT + 4, 0);
+        page.set_u64(run::EXIT + 8, linear_rip(cpu));
+        let dr6 = if exception.vector == vector::DB {
+            dr::DR6_FIXED | exception.payload
+        } else {
+            cpu.dr6
+        };
+        page.set_u64(run::EXIT + 16, dr6);
+        page.set_u64(run::EXIT + 24, cpu.dr7);
+    }
+}
+
+/// What [`Vcpu::inject`] came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Injected {
+    /// Nothing is pending any more.
+    Nothing,
+    /// An interrupt waits for the guest to allow interrupts.
+    Blocked,
+    /// An NMI waits for the end of an NMI handler or of an interrupt shadow.
+    NmiBlocked,
+}
+
+/// RESET, or INIT, which keeps the FPU, the TSC and most MSRs.
+fn reset_cpu(cpu: &mut CpuState, init: bool, signature: u32) {
+    let old = cpu.clone();
+    *cpu = CpuState::default();
+    // Family, model and stepping.
+    cpu.gpr[gpr::RDX] = u64::from(if signature != 0 { signature } else { 0x600 });
+    if !init {
+        return;
+    }
+    let cache = cr0::CD | cr0::NW;
+    cpu.cr0 = cpu.cr0 & !cache | old.cr0 & cache;
+    cpu.xsave = old.xsave;
+    cpu.xcr0 = old.xcr0;
+    cpu.tsc_offset = old.tsc_offset;
+    cpu.tsc_aux = old.tsc_aux;
+    cpu.star = old.star;
+    cpu.lstar = old.lstar;
+    cpu.cstar = old.cstar;
+    cpu.fmask = old.fmask;
+    cpu.kernel_gs_base = old.kernel_gs_base;
+    cpu.sysenter_cs = old.sysenter_cs;
+    cpu.sysenter_esp = old.sysenter_esp;
+    cpu.sysenter_eip = old.sysenter_eip;
+}

@@ -1,0 +1,189 @@
+//! A vCPU: what other threads see of it, and what its own thread owns.
+
+use crate::engine::{EngineVcpu, Kick};
+use crate::env::VcpuEnv;
+use crate::host::{Timer, Waiter};
+use crate::run_page::RunPage;
+use crate::sync::Mutex;
+use crate::vm::Vm;
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use core::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use irqchip::{Lapic, LapicConfig};
+
+/// Requests: what other threads want from a vCPU. Each is a bit, set with [`VcpuShared::request`] and
+/// taken by the vCPU's thread.
+pub(crate) mod request {
+    /// NMIs are queued.
+    pub const NMI: u32 = 1 << 0;
+    /// An INIT arrived.
+    pub const INIT: u32 = 1 << 1;
+    /// A start-up IPI arrived; its vector is beside.
+    pub const SIPI: u32 = 1 << 2;
+    /// The kvmclock page is out of date.
+    pub const CLOCK: u32 = 1 << 3;
+    /// Leave HLT without an interrupt (KVM_HC_KICK_CPU).
+    pub const UNHALT: u32 = 1 << 4;
+    /// Return EINTR to user space once.
+    pub const USER: u32 = 1 << 5;
+}
+
+/// The part of a vCPU that is shared with other threads.
+pub struct VcpuShared {
+    id: u32,
+    lapic: Option<Mutex<Lapic>>,
+    requests: AtomicU32,
+    nmis: AtomicU8,
+    sipi_vector: AtomicU8,
+    kick: Arc<dyn Kick>,
+    waiter: Arc<dyn Waiter>,
+}
+
+impl VcpuShared {
+    pub(crate) fn new(
+        id: u32,
+        lapic: bool,
+        kick: Arc<dyn Kick>,
+        waiter: Arc<dyn Waiter>,
+        phys_bits: u8,
+    ) -> Self {
+        let lapic = lapic.then(|| {
+            let mut config = LapicConfig::new(id, id == 0);
+            config.max_phys_addr = phys_bits;
+            Mutex::new(Lapic::new(config))
+        });
+        VcpuShared {
+            id,
+            lapic,
+            requests: AtomicU32::new(0),
+            nmis: AtomicU8::new(0),
+            sipi_vector: AtomicU8::new(0),
+            kick,
+            waiter,
+        }
+    }
+
+    /// The id given to KVM_CREATE_VCPU, which is the APIC id.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// The local APIC, if it is in the kernel.
+    pub(crate) fn lapic(&self) -> Option<&Mutex<Lapic>> {
+        self.lapic.as_ref()
+    }
+
+    pub(crate) fn waiter(&self) -> &dyn Waiter {
+        &*self.waiter
+    }
+
+    /// Makes the vCPU leave guest mode to look at its state again; a sleeping one stays asleep.
+    pub(crate) fn kick(&self) {
+        self.kick.kick();
+    }
+
+    /// Makes the vCPU look at its state again, awake or asleep.
+    pub(crate) fn notify(&self) {
+        self.kick.kick();
+        self.waiter.wake();
+    }
+
+    fn request(&self, bit: u32) {
+        self.requests.fetch_or(bit, Ordering::AcqRel);
+        self.notify();
+    }
+
+    /// Takes the requests in `mask`.
+    pub(crate) fn take_requests(&self, mask: u32) -> u32 {
+        if self.requests.load(Ordering::Acquire) & mask == 0 {
+            return 0;
+        }
+        self.requests.fetch_and(!mask, Ordering::AcqRel) & mask
+    }
+
+    /// Whether any request in `mask` is pending.
+    pub(crate) fn has_requests(&self, mask: u32) -> bool {
+        self.requests.load(Ordering::Acquire) & mask != 0
+    }
+
+    pub(crate) fn queue_nmi(&self) {
+        let _ = self
+            .nmis
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| {
+                Some(n.saturating_add(1))
+            });
+        self.request(request::NMI);
+    }
+
+    pub(crate) fn take_nmis(&self) -> u8 {
+        self.nmis.swap(0, Ordering::AcqRel)
+    }
+
+    pub(crate) fn queue_init(&self) {
+        // An INIT drops a start-up IPI that came before it.
+        self.requests.fetch_and(!request::SIPI, Ordering::AcqRel);
+        self.request(request::INIT);
+    }
+
+    pub(crate) fn queue_sipi(&self, vector: u8) {
+        self.sipi_vector.store(vector, Ordering::Release);
+        self.request(request::SIPI);
+    }
+
+    pub(crate) fn sipi_vector(&self) -> u8 {
+        self.sipi_vector.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set_sipi_vector(&self, vector: u8) {
+        self.sipi_vector.store(vector, Ordering::Release);
+    }
+
+    pub(crate) fn unhalt(&self) {
+        self.request(request::UNHALT);
+    }
+
+    pub(crate) fn request_clock_update(&self) {
+        self.request(request::CLOCK);
+    }
+
+    /// Makes the present or next [`Vcpu::run`] return EINTR, once. Callable from any thread and from
+    /// signal handlers.
+    pub fn user_kick(&self) {
+        self.request(request::USER);
+    }
+}
+
+/// A vCPU, as its own thread has it.
+pub struct Vcpu {
+    pub(crate) engine: Box<dyn EngineVcpu>,
+    pub(crate) env: VcpuEnv,
+}
+
+impl Vcpu {
+    pub(crate) fn new(
+        vm: Arc<Vm>,
+        shared: Arc<VcpuShared>,
+        index: usize,
+        engine: Box<dyn EngineVcpu>,
+        timer: Box<dyn Timer>,
+        run: RunPage,
+    ) -> Self {
+        let mut vcpu = Vcpu {
+            engine,
+            env: VcpuEnv::new(vm, shared, index, timer, run),
+        };
+        vcpu.env.init_tsc(vcpu.engine.cpu());
+        vcpu.publish();
+        vcpu
+    }
+
+    /// What other threads may do to this vCPU.
+    pub fn shared(&self) -> &Arc<VcpuShared> {
+        &self.env.shared
+    }
+
+    /// The VM.
+    pub fn vm(&self) -> &Arc<Vm> {
+        &self.env.vm
+    }
+}
