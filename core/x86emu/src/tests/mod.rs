@@ -1,6 +1,11 @@
 //! Tests of the interpreter, on a fake environment and against the host CPU.
 
+mod event;
 mod fake;
+mod machine;
 mod native;
 mod native_ops;
+mod random;
+mod paging;
+mod segment;
 mod setup;
