@@ -74,11 +74,6 @@ impl Arena {
         self.rx as u64
     }
 
-    /// `pc` lies in the arena.
-    pub fn contains(&self, pc: u64) -> bool {
-        pc.wrapping_sub(self.rx as u64) < self.size as u64
-    }
-
     /// Bytes handed out.
     pub fn used(&self) -> usize {
         self.used
@@ -148,16 +143,6 @@ impl Arena {
             v[pos - word..][..bytes.len()].copy_from_slice(bytes);
             p.write_volatile(u64::from_le_bytes(v));
         }
-    }
-
-    /// Reads `N` bytes of code at an executable address, zeros when out of range.
-    pub fn read<const N: usize>(&self, at: u64) -> [u8; N] {
-        let pos = at.wrapping_sub(self.rx as u64) as usize;
-        if pos.checked_add(N).is_none_or(|end| end > self.size) {
-            return [0; N];
-        }
-        // SAFETY: within the mapping, checked above.
-        unsafe { self.rw.add(pos).cast::<[u8; N]>().read_unaligned() }
     }
 }
 

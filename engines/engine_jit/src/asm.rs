@@ -18,7 +18,6 @@ pub mod reg {
     pub const RBP: Reg = 5;
     pub const RSI: Reg = 6;
     pub const RDI: Reg = 7;
-    pub const R12: Reg = 12;
     pub const R13: Reg = 13;
     pub const R14: Reg = 14;
     pub const R15: Reg = 15;
@@ -43,8 +42,6 @@ pub fn at(base: Reg, disp: i32) -> Mem {
 /// Condition codes, as in Jcc's low opcode bits.
 pub mod cc {
     #![allow(missing_docs)]
-    pub const B: u8 = 2;
-    pub const AE: u8 = 3;
     pub const E: u8 = 4;
     pub const NE: u8 = 5;
     pub const A: u8 = 7;
@@ -335,13 +332,6 @@ impl Asm {
         let rel = self.here() - pos - 1;
         debug_assert!(rel < 128);
         self.buf[pos] = rel as u8;
-    }
-
-    /// `jmp` to an absolute address within 2 GiB.
-    pub fn jmp_to(&mut self, target: u64) {
-        let rel = target.wrapping_sub(self.pc() + 5) as u32;
-        self.buf.push(0xe9);
-        self.d32(rel);
     }
 
     /// `jcc` to an absolute address within 2 GiB.

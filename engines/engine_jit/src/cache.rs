@@ -256,11 +256,6 @@ impl Cache {
     pub fn gfns(&self) -> impl Iterator<Item = u64> + '_ {
         self.pages.keys().copied()
     }
-
-    /// Number of blocks, dead ones included.
-    pub fn len(&self) -> usize {
-        self.blocks.len()
-    }
 }
 
 /// Overwrites a block's entries with exits to the `dead` helper.

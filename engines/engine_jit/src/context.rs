@@ -98,6 +98,8 @@ const FPU_SHIFT: u32 = 8;
 const DF: u32 = 1 << 10;
 const SIMPLE_IF: u32 = 1 << 11;
 const INTERPRET: u32 = 1 << 12;
+const SIMPLE_AC: u32 = 1 << 13;
+const SMAP: u32 = 1 << 14;
 
 fn flat(s: &Segment) -> bool {
     // Present, base 0, 4 GiB, and for data: expand-up and writable or readable code.
@@ -167,6 +169,13 @@ impl Context {
         if cpu.rflags & 0xfd00 & !0x800 == 0 && cpu.cpl == 0 && !cpu.v86() && cpu.protected() {
             k |= SIMPLE_IF;
         }
+        // AC alone in bits 16-23, for the same reason.
+        if cpu.rflags & 0xfb_0000 == 0 && cpu.cpl == 0 && size == CodeSize::Bits64 {
+            k |= SIMPLE_AC;
+        }
+        if smap {
+            k |= SMAP;
+        }
         let alignment = cpu.cpl == 3 && cpu.cr0 & (1 << 18) != 0 && cpu.rflags & (1 << 18) != 0;
         if cpu.v86() || !cpu.protected() || alignment {
             k |= INTERPRET;
@@ -218,6 +227,22 @@ impl Context {
     /// CLI and STI change nothing but bit 9, and are allowed.
     pub fn simple_if(self) -> bool {
         self.0 & SIMPLE_IF != 0
+    }
+    /// STAC and CLAC change nothing but bit 18, and are allowed.
+    pub fn simple_ac(self) -> bool {
+        self.0 & SIMPLE_AC != 0
+    }
+    /// The context after STAC (`set`) or CLAC.
+    pub fn with_ac(self, set: bool) -> Context {
+        if set || self.0 & SMAP == 0 {
+            Context(self.0 | AC)
+        } else {
+            Context(self.0 & !AC)
+        }
+    }
+    /// The context without what STAC and CLAC change: code that such instructions connect.
+    pub fn family(self) -> Context {
+        Context(self.0 & !AC)
     }
     /// Nothing is translated.
     pub fn interpret_only(self) -> bool {

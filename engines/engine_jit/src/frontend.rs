@@ -50,6 +50,10 @@ pub enum Kind {
     Cli,
     /// STI, the same.
     Sti,
+    /// STAC (true) or CLAC, which change the context.
+    SetAc(bool),
+    /// BT, BTS, BTR, BTC of a bit string in memory with the bit number in a register.
+    BitString,
     /// Left to the interpreter.
     Interpret,
 }
@@ -96,8 +100,6 @@ pub struct Decoded {
     pub live_in: u32,
     /// It uses the FPU.
     pub fpu: bool,
-    /// The last instruction crosses the page end: it is left to the interpreter.
-    pub crosses: bool,
 }
 
 fn bits(ctx: Context) -> u32 {
@@ -113,7 +115,6 @@ pub fn decode(page: &[u8; 4096], start: usize, ctx: Context) -> Decoded {
     let mut ops = Vec::with_capacity(16);
     let mut end = start;
     let mut closed = false;
-    let mut crosses = false;
     let mut decoder = Decoder::with_ip(
         bits(ctx),
         &page[start..],
@@ -124,7 +125,6 @@ pub fn decode(page: &[u8; 4096], start: usize, ctx: Context) -> Decoded {
         let insn = decoder.decode();
         if insn.is_invalid() {
             // Either cut off by the page end or no instruction; the interpreter tells.
-            crosses = true;
             ops.push(op(insn, end as u16, None, Kind::Interpret, false));
             closed = true;
             break;
@@ -137,7 +137,8 @@ pub fn decode(page: &[u8; 4096], start: usize, ctx: Context) -> Decoded {
             | Kind::Call(_)
             | Kind::JmpIndirect
             | Kind::CallIndirect
-            | Kind::Ret(_) => true,
+            | Kind::Ret(_)
+            | Kind::SetAc(_) => true,
             Kind::Interpret => insn.flow_control() != FlowControl::Next,
             _ => false,
         };
@@ -165,7 +166,6 @@ pub fn decode(page: &[u8; 4096], start: usize, ctx: Context) -> Decoded {
         lines,
         live_in,
         fpu,
-        crosses,
     }
 }
 
@@ -325,6 +325,8 @@ fn classify(insn: &Instruction, bytes: &[u8], ctx: Context) -> (Kind, Option<Enc
     }
     match insn.mnemonic() {
         M::Cli if ctx.simple_if() => return (Kind::Cli, None, false),
+        M::Stac if ctx.simple_ac() => return (Kind::SetAc(true), None, false),
+        M::Clac if ctx.simple_ac() => return (Kind::SetAc(false), None, false),
         M::Sti if ctx.simple_if() => return (Kind::Sti, None, false),
         M::Nop
         | M::Endbr64
@@ -387,6 +389,19 @@ fn classify(insn: &Instruction, bytes: &[u8], ctx: Context) -> (Kind, Option<Enc
             };
         }
         _ => {}
+    }
+    if matches!(insn.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc)
+        && insn.op0_kind() == OpKind::Memory
+        && insn.op1_kind() == OpKind::Register
+        && matches!(insn.memory_size().size(), 4 | 8)
+        && address_ok(insn, ctx)
+    {
+        let enc = Encoding::parse(bytes, insn, mode);
+        return if enc.is_some() {
+            (Kind::BitString, enc, false)
+        } else {
+            interpret
+        };
     }
     native(insn, bytes, ctx).map_or(interpret, |(enc, fpu)| (Kind::Native, Some(enc), fpu))
 }
@@ -630,6 +645,11 @@ fn liveness(
                 o.live_target = peek(page, target, ctx, lines);
                 o.live_after = live;
                 live |= o.live_target | o.reads;
+            }
+            Kind::SetAc(_) => {
+                o.live_target = peek(page, i64::from(o.off) + o.insn.len() as i64, ctx, lines);
+                o.live_after = o.live_target;
+                live = o.live_target;
             }
             Kind::Jmp(target) | Kind::Call(target) => {
                 o.live_target = peek(page, target, ctx, lines);

@@ -106,8 +106,6 @@ offsets! {
     RFLAGS = cpu.rflags;
     SEG = cpu.seg;
     XSAVE = cpu.xsave;
-    TSC_OFFSET = cpu.tsc_offset;
-    KERNEL_GS_BASE = cpu.kernel_gs_base;
     ATTENTION = attention;
     IRQ_WINDOW = irq_window;
     FLAGS = flags;
@@ -115,12 +113,12 @@ offsets! {
     FPU_RELOAD = fpu_reload;
     HOST_MXCSR = host_mxcsr;
     XSAVE_MASK = xsave_mask;
+    CTX = ctx;
     PC_BASE = pc_base;
     RET_ADDR = ret_addr;
     T = t;
     CONT = cont;
     HOST_RSP = host_rsp;
-    FAULT_PC = fault_pc;
     THIS = this;
     SPILL = spill;
     TLB = caches.tlb;

@@ -44,7 +44,7 @@ pub struct Runner<'a> {
 }
 
 /// Event counts of one vCPU.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Default)]
 pub struct Stats {
     /// Instructions left to the interpreter.
     pub interpreted: u64,
@@ -58,8 +58,38 @@ pub struct Stats {
     pub exceptions: u64,
     /// Guest instructions translated.
     pub translated: u64,
-    /// Interpreted instructions by iced mnemonic, when `ANYKVM_JIT_PROFILE` is set.
-    pub profile: bool,
+    /// Interpreted instructions by iced mnemonic, when `ANYKVM_JIT_STATS=2`.
+    pub mnemonics: Option<Box<[u64; 4096]>>,
+}
+
+impl Stats {
+    /// The mnemonics interpreted most, with their counts.
+    pub fn top(&self, n: usize) -> Vec<(iced_x86::Mnemonic, u64)> {
+        let Some(m) = &self.mnemonics else {
+            return Vec::new();
+        };
+        let mut all: Vec<_> = iced_x86::Mnemonic::values()
+            .map(|k| (k, m[k as usize & 4095]))
+            .filter(|e| e.1 > 0)
+            .collect();
+        all.sort_by_key(|e| std::cmp::Reverse(e.1));
+        all.truncate(n);
+        all
+    }
+}
+
+impl std::fmt::Debug for Stats {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "interpreted {}, TLB fills {}, jump misses {}, links {}, exceptions {}, translated {}",
+            self.interpreted, self.fills, self.jumps, self.links, self.exceptions, self.translated
+        )?;
+        for (m, n) in self.top(40) {
+            write!(f, "\n  {n:>10} {m:?}")?;
+        }
+        Ok(())
+    }
 }
 
 /// What became of one interpreted instruction.
@@ -154,9 +184,38 @@ impl<'a> Runner<'a> {
             || cpu.code_size() == CodeSize::Bits16
     }
 
+    /// Counts the next instruction by mnemonic.
+    #[cold]
+    fn profile(&mut self) {
+        let VcpuMem { cpu, caches, .. } = &mut *self.vm;
+        let mut env = JitEnv {
+            inner: &mut *self.env,
+            world: self.world,
+            caches,
+            written: &mut self.written,
+        };
+        let mut bytes = [0; 15];
+        let pc = cpu.rip.wrapping_add(cpu.seg[sreg::CS].base);
+        let len = (4096 - (pc & 0xfff)).min(15) as usize;
+        let access = Access {
+            fetch: true,
+            ..Access::read(cpu)
+        };
+        let read = x86emu::mem::read_linear(cpu, &mut env, pc, &mut bytes[..len], access);
+        if read.is_ok()
+            && let Ok(insn) = x86emu::interp::decode(cpu.code_size(), &bytes[..len], cpu.rip)
+            && let Some(m) = &mut self.stats.mnemonics
+        {
+            m[insn.mnemonic() as usize & 4095] += 1;
+        }
+    }
+
     /// Interprets one instruction and delivers the exception it may raise.
     fn step(&mut self) -> Stepped {
         self.stats.interpreted += 1;
+        if self.stats.mnemonics.is_some() {
+            self.profile();
+        }
         let cr3 = self.vm.cpu.cr3;
         let VcpuMem { cpu, caches, .. } = &mut *self.vm;
         let mut env = JitEnv {
@@ -248,7 +307,7 @@ impl<'a> Runner<'a> {
             let ctx = Context::of(&self.vm.cpu);
             let pc = self.linear_pc();
             self.vm.ctx = ctx.0;
-            self.vm.caches.enter_context(ctx.tlb(), ctx.0);
+            self.vm.caches.enter_context(ctx);
             let phys = match self.code_page(ctx, pc) {
                 Ok(Some(phys)) => phys,
                 Ok(None) => {
@@ -364,7 +423,7 @@ impl<'a> Runner<'a> {
         let start = (phys & 0xfff) as usize;
         let decoded = frontend::decode(&page, start, ctx);
         let base = cache.arena.next();
-        let code = translate(&decoded, start as u16, ctx, &world.stubs, base, world.bmi2);
+        let code = translate(&decoded, ctx, &world.stubs, base, world.bmi2);
         self.stats.translated += decoded.ops.len() as u64;
         let Some(at) = cache.arena.push(&code.bytes) else {
             self.exit = Some(Exit::InternalError);

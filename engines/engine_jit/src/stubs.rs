@@ -114,7 +114,7 @@ pub fn emit(a: &mut Asm, helpers: &Helpers, avx: bool) -> Stubs {
     }
     a.bytes(&[0xc3]);
 
-    let mut exit = |a: &mut Asm, helper: Helper, how: Entry| {
+    let exit = |a: &mut Asm, helper: Helper, how: Entry| {
         let at = a.pc();
         match how {
             Entry::Call => a.op_mem(Size::D, &[0x8f], 0, Mem::Gs(off::RET_ADDR)),

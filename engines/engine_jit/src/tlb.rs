@@ -3,8 +3,10 @@
 //! Emitted code only reads them; they are filled and flushed here. Lists of what was filled make a
 //! flush cost what it undoes.
 
+use crate::context::Context;
 use crate::layout::{
-    JUMP_ENTRIES, JumpEntry, TLB_ENTRIES, TLB_USER, TlbEntry, jump_index, tlb_index,
+    JUMP_ENTRIES, JumpEntry, TLB_ENTRIES, TLB_KERNEL, TLB_KERNEL_AC, TLB_USER, TlbEntry,
+    jump_index, tlb_index,
 };
 use x86emu::env::Flush;
 
@@ -26,8 +28,8 @@ pub struct Caches {
     pub tlb: [[TlbEntry; TLB_ENTRIES]; 3],
     /// The jump caches, one beside each TLB; each holds code for one context at a time.
     pub jumps: [[JumpEntry; JUMP_ENTRIES]; 3],
-    /// The context of each jump cache.
-    jump_ctx: [u32; 3],
+    /// The context of the user's jump cache, and the family of the supervisor's.
+    jump_ctx: [u32; 2],
     code: [CodeEntry; CODE_ENTRIES],
     /// Indices of TLB entries filled since they were last empty, per TLB: not global.
     filled: [Vec<u16>; 3],
@@ -74,7 +76,7 @@ impl Caches {
         for table in &mut self.jumps {
             table.fill(JumpEntry::EMPTY);
         }
-        self.jump_ctx = [u32::MAX; 3];
+        self.jump_ctx = [u32::MAX; 2];
         self.code = [CodeEntry {
             key: u64::MAX,
             gpa: 0,
@@ -208,11 +210,18 @@ impl Caches {
         }
     }
 
-    /// The jump cache `u` is about to be used in context `ctx`.
-    pub fn enter_context(&mut self, u: usize, ctx: u32) {
-        if self.jump_ctx[u] != ctx {
-            self.flush_jumps(u);
-            self.jump_ctx[u] = ctx;
+    /// Code of context `ctx` is about to run. The jump caches of the supervisor serve one family of
+    /// contexts at a time, as STAC and CLAC go from one to the other in emitted code.
+    pub fn enter_context(&mut self, ctx: Context) {
+        if ctx.user() {
+            if self.jump_ctx[0] != ctx.0 {
+                self.flush_jumps(TLB_USER);
+                self.jump_ctx[0] = ctx.0;
+            }
+        } else if self.jump_ctx[1] != ctx.family().0 {
+            self.flush_jumps(TLB_KERNEL);
+            self.flush_jumps(TLB_KERNEL_AC);
+            self.jump_ctx[1] = ctx.family().0;
         }
     }
 

@@ -101,28 +101,19 @@ struct Tx<'a> {
     ctx: Context,
     stubs: &'a Stubs,
     block: &'a Decoded,
-    start: u16,
     cold: Vec<Cold>,
     flags: Flags,
     info: InstructionInfoFactory,
     bmi2: bool,
 }
 
-/// Translates `block`, which starts at page offset `start`, to code that will execute at `base`.
-pub fn translate(
-    block: &Decoded,
-    start: u16,
-    ctx: Context,
-    stubs: &Stubs,
-    base: u64,
-    bmi2: bool,
-) -> Code {
+/// Translates `block` to code that will execute at `base`.
+pub fn translate(block: &Decoded, ctx: Context, stubs: &Stubs, base: u64, bmi2: bool) -> Code {
     let mut x = Tx {
         a: Asm::new(base),
         ctx,
         stubs,
         block,
-        start,
         cold: Vec::new(),
         flags: Flags::Host,
         info: InstructionInfoFactory::new(),
@@ -257,6 +248,8 @@ impl Tx<'_> {
             Kind::Ret(release) => self.ret(op, release),
             Kind::Cli => self.a.store_imm(Size::B, Mem::Gs(off::RFLAGS + 1), 0),
             Kind::Sti => self.sti(op),
+            Kind::SetAc(set) => self.set_ac(op, set),
+            Kind::BitString => self.bit_string(op),
             Kind::Interpret => self.interpret(op),
         }
     }
@@ -308,9 +301,72 @@ impl Tx<'_> {
         }
     }
 
+    /// STAC and CLAC: the code behind them belongs to another context, and is another block.
+    fn set_ac(&mut self, op: &Op, set: bool) {
+        self.a
+            .store_imm(Size::B, Mem::Gs(off::RFLAGS + 2), if set { 4 } else { 0 });
+        let ctx = self.ctx.with_ac(set);
+        self.a.store_imm(Size::D, Mem::Gs(off::CTX), ctx.0 as i32);
+        let next = i64::from(op.off) + op.insn.len() as i64;
+        let leaving = self.ctx;
+        self.ctx = ctx;
+        self.jump_direct(next, op.live_target, false);
+        self.ctx = leaving;
+    }
+
+    /// A bit string in memory: the bit number reaches beyond the operand at the address.
+    fn bit_string(&mut self, op: &Op) {
+        let insn = &op.insn;
+        let Some(mut enc) = op.enc else {
+            return self.interpret(op);
+        };
+        let size = insn.memory_size().size();
+        let guest = number(insn.op1_register());
+        self.save_flags(op.live_before);
+        let retry = self.a.here();
+        // The address first, as it may use both scratch registers.
+        self.address(insn);
+        let from = match host(guest) {
+            Some(h) => h,
+            None => {
+                self.a.load(Size::Q, I, Mem::Gs(gpr_slot(guest)));
+                I
+            }
+        };
+        if size == 8 {
+            self.a.mov(I, from);
+        } else {
+            self.a.op_reg(Size::Q, &[0x63], I, from); // movsxd
+        }
+        let shift = if size == 8 { 6 } else { 5 };
+        self.a.op_reg(Size::Q, &[0xc1], 7, I); // sar
+        self.a.bytes(&[shift]);
+        if self.long() {
+            self.a.lea(T, Mem::Sib(Some(T), Some((I, shift - 3)), 0));
+        } else {
+            self.a.lea32(T, Mem::Sib(Some(T), Some((I, shift - 3)), 0));
+        }
+        let write = insn.mnemonic() != iced_x86::Mnemonic::Bt;
+        let miss = self.probe(size, write, retry, op);
+        self.a.lea(I, Mem::Sib(Some(I), Some((T, 0)), 0));
+        match host(guest) {
+            Some(h) => self.a.mov(T, h),
+            None => self.a.load(Size::Q, T, Mem::Gs(gpr_slot(guest))),
+        }
+        self.a.alu_imm(Size::D, 4, T, size as i32 * 8 - 1);
+        if op.live_after & !op.kills != 0 {
+            self.restore_flags(op.live_before, true);
+        }
+        enc.set_register(Field::Reg, T);
+        enc.set_memory(HostMem::BaseDisp(I, 0));
+        self.emit(&enc);
+        self.flags = Flags::Host;
+        self.resume_miss([miss], op);
+    }
+
     /// Address of the memory operand into T. Clobbers I, and EFLAGS if a segment base is added.
     fn address(&mut self, insn: &Instruction) {
-        let wide = self.address_parts(insn, T);
+        self.address_parts(insn, T);
         let seg = match insn.memory_segment() {
             Register::FS => Some(4),
             Register::GS => Some(5),
@@ -320,7 +376,6 @@ impl Tx<'_> {
             let size = if self.long() { Size::Q } else { Size::D };
             self.a.op_mem(size, &[0x03], T, Mem::Gs(seg_base(n)));
         }
-        debug_assert!(wide || seg.is_none() || !self.long() || true);
     }
 
     /// Effective address of the memory operand into `dst` without touching flags. May use `dst` and

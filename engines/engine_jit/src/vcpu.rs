@@ -5,7 +5,7 @@
 )]
 
 use crate::run::{HELPERS, Runner, Stats};
-use crate::world::{PAGE_WRITTEN, VcpuBox, World};
+use crate::world::{VcpuBox, World};
 use kvm_core::engine::{Engine, EngineError, EngineVcpu, Kick};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -37,7 +37,9 @@ impl Engine for JitEngine {
             world: self.world.clone(),
             mem,
             stats: Stats {
-                profile: false,
+                mnemonics: std::env::var_os("ANYKVM_JIT_STATS")
+                    .is_some_and(|v| v == "2")
+                    .then(|| Box::new([0; 4096])),
                 ..Stats::default()
             },
         }))
@@ -55,7 +57,6 @@ impl Engine for JitEngine {
         let mut cache = self.world.cache_outside();
         self.world
             .stopped(&mut cache, None, |c| c.unwrite_range(gpa, len));
-        let _ = PAGE_WRITTEN;
     }
 }
 
@@ -68,8 +69,8 @@ pub struct JitVcpu {
 
 impl JitVcpu {
     /// Event counts since the vCPU was made.
-    pub fn stats(&self) -> Stats {
-        self.stats
+    pub fn stats(&self) -> &Stats {
+        &self.stats
     }
 }
 
