@@ -691,7 +691,7 @@ mod tests {
                 insn.set_memory_base(R::RBX);
                 insn.set_memory_index(R::RSI);
                 insn.set_memory_index_scale(4);
-                insn.set_memory_displ_size(4);
+                insn.set_memory_displ_size(8);
                 insn.set_memory_displacement64(0x1000);
             } else {
                 insn.set_op_kind(i, OpKind::Register);

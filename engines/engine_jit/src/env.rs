@@ -142,7 +142,19 @@ impl Env for JitEnv<'_> {
         self.inner.set_cr8(value);
     }
     fn translate(&mut self, cpu: &CpuState, gva: u64, access: Access) -> Result<Mapping, Stop> {
-        if let Some(which) = tlb_for(cpu, access) {
+        if access.fetch {
+            if let Some(page) = self.caches.code_page(access.user, gva) {
+                return Ok(Mapping {
+                    gpa: page | gva & 0xfff,
+                    page_bits: 12,
+                    writable: false,
+                    user: access.user,
+                    nx: false,
+                    global: false,
+                    dirty: false,
+                });
+            }
+        } else if let Some(which) = tlb_for(cpu, access) {
             let e = self.caches.entry(which, gva);
             let tag = if access.write { e.write } else { e.read };
             if tag == gva & !0xfff {

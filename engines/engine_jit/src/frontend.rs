@@ -542,11 +542,11 @@ fn native(insn: &Instruction, bytes: &[u8], ctx: Context) -> Option<(Encoding, b
         | M::Fndisi
         | M::Fneni
         | M::Fnop => return None,
-        M::Bt | M::Bts | M::Btr | M::Btc => {
-            // The register form addresses a bit string that reaches beyond the operand.
-            if insn.op0_kind() == OpKind::Memory && insn.op1_kind() == OpKind::Register {
-                return None;
-            }
+        // The register form addresses a bit string that reaches beyond the operand.
+        M::Bt | M::Bts | M::Btr | M::Btc
+            if insn.op0_kind() == OpKind::Memory && insn.op1_kind() == OpKind::Register =>
+        {
+            return None;
         }
         _ => {}
     }

@@ -543,15 +543,7 @@ impl<'a> Runner<'a> {
             return false;
         };
         self.stats.fills += 1;
-        self.vm.caches.fill(
-            which,
-            gva,
-            page,
-            host as u64,
-            write,
-            m.global,
-            m.page_bits > 12,
-        );
+        self.vm.caches.fill(which, gva, &m, host as u64, write);
         true
     }
 }

@@ -9,6 +9,7 @@ use crate::layout::{
     jump_index, tlb_index,
 };
 use x86emu::env::Flush;
+use x86emu::paging::Mapping;
 
 /// Entries of the code-page TLB.
 const CODE_ENTRIES: usize = 64;
@@ -97,16 +98,8 @@ impl Caches {
     }
 
     /// Enters a translation. `writable`: writes need no further notice.
-    pub fn fill(
-        &mut self,
-        which: usize,
-        gva: u64,
-        gpa: u64,
-        host: u64,
-        writable: bool,
-        global: bool,
-        large: bool,
-    ) {
+    pub fn fill(&mut self, which: usize, gva: u64, mapping: &Mapping, host: u64, writable: bool) {
+        let (gpa, global, large) = (mapping.gpa, mapping.global, mapping.page_bits > 12);
         let page = gva & !0xfff;
         let i = tlb_index(gva);
         let invalid = TlbEntry::invalid(i);

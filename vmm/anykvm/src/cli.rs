@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::options::{DiskSpec, MemorySize, Publish};
+use crate::options::{DiskSpec, MemorySize};
 
 /// Virtual machines for every x86-64 Linux machine.
 #[derive(Debug, Parser)]
@@ -114,7 +114,7 @@ pub struct RunArgs {
 
     /// Lead a port of this machine to the guest's, e.g. 8080:80, 127.0.0.1:5353:53/udp
     #[arg(long = "publish", value_name = "[ADDR:]HOST:GUEST[/udp]")]
-    pub publish: Vec<Publish>,
+    pub publish: Vec<netstack::Forward>,
 
     /// What executes the guest's instructions
     #[arg(long, value_name = "ENGINE", default_value = "auto")]

@@ -1,7 +1,6 @@
 //! Values of options that have a syntax of their own.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -124,69 +123,6 @@ fn split_commas(text: &str) -> Vec<String> {
     fields
 }
 
-/// The transport protocol of a published port.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Protocol {
-    /// TCP, the default.
-    Tcp,
-    /// UDP.
-    Udp,
-}
-
-/// `--publish [ADDR:]HOST:GUEST[/udp]`: connections to `host` go to the guest's port `guest`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Publish {
-    /// TCP or UDP.
-    pub protocol: Protocol,
-    /// Where this machine listens. Without an address: 127.0.0.1, so that nothing is opened to the
-    /// network unless the user says so.
-    pub host: SocketAddr,
-    /// The guest's port.
-    pub guest: u16,
-}
-
-impl FromStr for Publish {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (rest, protocol) = match text.rsplit_once('/') {
-            None => (text, Protocol::Tcp),
-            Some((rest, "tcp")) => (rest, Protocol::Tcp),
-            Some((rest, "udp")) => (rest, Protocol::Udp),
-            Some((_, other)) => {
-                return Err(format!("'{other}' is not a protocol; write tcp or udp"));
-            }
-        };
-        let form = || "write [ADDR:]HOST:GUEST[/udp], e.g. 8080:80".to_string();
-        let (front, guest) = rest.rsplit_once(':').ok_or_else(form)?;
-        let (address, host) = match front.rsplit_once(':') {
-            None => (IpAddr::from(Ipv4Addr::LOCALHOST), front),
-            Some((address, host)) => {
-                let bare = address
-                    .strip_prefix('[')
-                    .and_then(|a| a.strip_suffix(']'))
-                    .unwrap_or(address);
-                let address = bare.parse().map_err(|_| {
-                    format!("'{address}' is not an IP address; write e.g. 0.0.0.0:8080:80")
-                })?;
-                (address, host)
-            }
-        };
-        Ok(Self {
-            protocol,
-            host: SocketAddr::new(address, port(host)?),
-            guest: port(guest)?,
-        })
-    }
-}
-
-fn port(text: &str) -> Result<u16, String> {
-    match text.parse() {
-        Ok(0) | Err(_) => Err(format!("'{text}' is not a port; ports go from 1 to 65535")),
-        Ok(port) => Ok(port),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -230,34 +166,6 @@ mod tests {
         assert_eq!(disk.format, None);
         for bad in ["", ",ro", "x,rw?", "x,format=vmdk", "x,"] {
             assert!(bad.parse::<DiskSpec>().is_err(), "{bad}");
-        }
-    }
-
-    #[test]
-    fn published_ports() {
-        let p: Publish = "8080:80".parse().unwrap();
-        assert_eq!(p.host, "127.0.0.1:8080".parse().unwrap());
-        assert_eq!((p.guest, p.protocol), (80, Protocol::Tcp));
-        let p: Publish = "0.0.0.0:53:5353/udp".parse().unwrap();
-        assert_eq!(p.host, "0.0.0.0:53".parse().unwrap());
-        assert_eq!((p.guest, p.protocol), (5353, Protocol::Udp));
-        let p: Publish = "[::1]:8080:80/tcp".parse().unwrap();
-        assert_eq!(p.host, "[::1]:8080".parse().unwrap());
-        for bad in [
-            "",
-            "80",
-            "80:",
-            ":80",
-            "a:b",
-            "0:80",
-            "80:0",
-            "65536:1",
-            "1.2.3:1:2",
-            "1:2/icmp",
-            "1:2:3",
-            "localhost:1:2",
-        ] {
-            assert!(bad.parse::<Publish>().is_err(), "{bad}");
         }
     }
 }

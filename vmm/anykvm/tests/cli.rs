@@ -104,12 +104,12 @@ fn bad_input_is_one_clear_line() {
             "takes data from another file",
         ),
         (&["run", "--disk", "x,rw"], 2, "'rw' is not known"),
-        (&["run", "--publish", "80"], 2, "e.g. 8080:80"),
-        (&["run", "--publish", "0.0.0:1:2"], 2, "not an IP address"),
+        (&["run", "--publish", "80"], 2, "for example 8080:80"),
+        (&["run", "--publish", "0.0.0:1:2"], 2, "must be an IPv4 address"),
         (
             &["run", "--publish", "70000:80"],
             2,
-            "ports go from 1 to 65535",
+            "host port must be 0 to 65535",
         ),
         (
             &["run", "--publish", "1:2", "--net", "none"],

@@ -86,7 +86,13 @@ impl Outbox {
         }
     }
 
-    fn recycle(&mut self, data: Vec<u8>) {
+    /// Takes the front frame.
+    pub(crate) fn pop(&mut self) -> Option<Frame> {
+        self.queue.pop_front()
+    }
+
+    /// Keeps a buffer for another frame.
+    pub(crate) fn recycle(&mut self, data: Vec<u8>) {
         if self.spare.len() < STREAM_MARK {
             self.spare.push(data);
         }

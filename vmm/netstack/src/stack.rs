@@ -250,6 +250,22 @@ impl Stack {
         }
     }
 
+    /// Takes the next frame for the guest. [`Stack::to_guest`] does the same without giving buffers away.
+    pub fn next_frame(&mut self) -> Option<Frame> {
+        if let Some(frame) = self.link.out.pop() {
+            return Some(frame);
+        }
+        if self.tcp.busy(&self.link) {
+            self.tcp.service(&mut self.link);
+        }
+        self.link.out.pop()
+    }
+
+    /// Gives a buffer to the stack for a frame to come.
+    pub fn recycle(&mut self, buffer: Vec<u8>) {
+        self.link.out.recycle(buffer);
+    }
+
     /// Takes a frame from the guest. `offload` says what the guest left unfinished. Frames that make no sense are
     /// dropped. Call [`Stack::process`] after a batch of frames.
     pub fn from_guest(&mut self, frame: &[u8], offload: Offload) {

@@ -4,6 +4,7 @@
 //! directly. It reaches the engine that runs it only through [`hypervisor`], which is KVM's
 //! interface; so a real `/dev/kvm` and the software engine are interchangeable at run time.
 
+pub mod acpi;
 pub mod boot;
 pub mod channel;
 pub mod chipset;

@@ -11,7 +11,7 @@ use iced_x86::Mnemonic;
 const AF: u64 = 1 << 4;
 
 impl<E: Env + ?Sized> Step<'_, E> {
-    pub(super) fn legacy(&mut self, _traits: Traits) -> Result<Flow, Stop> {
+    pub(super) fn legacy(&mut self, traits: Traits) -> Result<Flow, Stop> {
         use Mnemonic as M;
         match self.insn.mnemonic() {
             M::Aaa => self.aaa(true)?,
@@ -26,6 +26,24 @@ impl<E: Env + ?Sized> Step<'_, E> {
                 write_number(self.cpu, gpr::RAX, 1, value);
             }
             M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu => return self.maskmov(),
+            M::Fxsave
+            | M::Fxsave64
+            | M::Fxrstor
+            | M::Fxrstor64
+            | M::Xsave
+            | M::Xsave64
+            | M::Xsaveopt
+            | M::Xsaveopt64
+            | M::Xsavec
+            | M::Xsavec64
+            | M::Xsaves
+            | M::Xsaves64
+            | M::Xrstor
+            | M::Xrstor64
+            | M::Xrstors
+            | M::Xrstors64 => return self.save_restore(),
+            _ if traits.vsib() && traits.writes() => return self.scatter(),
+            _ if traits.vsib() => return self.gather(),
             _ => return Err(Stop::ud()),
         }
         Ok(Flow::Next)

@@ -4,7 +4,7 @@
 use super::address::{segment_index, size_mask};
 use super::{Flow, Step, vector};
 use crate::env::{Env, Stop};
-use crate::state::{CodeSize, gpr};
+use crate::state::gpr;
 use iced_x86::{Mnemonic, OpKind, Register};
 
 /// Compress stores and expand loads access the selected elements packed together.
@@ -23,6 +23,101 @@ fn packed(m: Mnemonic) -> bool {
             | Mnemonic::Vpexpandw
             | Mnemonic::Vpexpandd
             | Mnemonic::Vpexpandq
+    )
+}
+
+/// EVEX instructions whose mask applies to the result only: they mix the elements of the memory
+/// operand, or use it as a whole (exception types E4NF, E5NF, E6NF).
+pub(super) fn unconditional(m: Mnemonic) -> bool {
+    use Mnemonic::*;
+    matches!(
+        m,
+        Vunpcklps
+            | Vunpcklpd
+            | Vunpckhps
+            | Vunpckhpd
+            | Vpunpcklbw
+            | Vpunpcklwd
+            | Vpunpckldq
+            | Vpunpcklqdq
+            | Vpunpckhbw
+            | Vpunpckhwd
+            | Vpunpckhdq
+            | Vpunpckhqdq
+            | Vpacksswb
+            | Vpackssdw
+            | Vpackuswb
+            | Vpackusdw
+            | Vmovddup
+            | Vmovshdup
+            | Vmovsldup
+            | Vshufps
+            | Vshufpd
+            | Vshuff32x4
+            | Vshuff64x2
+            | Vshufi32x4
+            | Vshufi64x2
+            | Vpshufb
+            | Vpshufd
+            | Vpshufhw
+            | Vpshuflw
+            | Vpalignr
+            | Valignd
+            | Valignq
+            | Vpermb
+            | Vpermw
+            | Vpermd
+            | Vpermq
+            | Vpermps
+            | Vpermpd
+            | Vpermi2b
+            | Vpermi2w
+            | Vpermi2d
+            | Vpermi2q
+            | Vpermi2ps
+            | Vpermi2pd
+            | Vpermt2b
+            | Vpermt2w
+            | Vpermt2d
+            | Vpermt2q
+            | Vpermt2ps
+            | Vpermt2pd
+            | Vpermilps
+            | Vpermilpd
+            | Vpmultishiftqb
+            | Vpconflictd
+            | Vpconflictq
+            | Vdbpsadbw
+            | Vpshufbitqmb
+            | Vpsllw
+            | Vpslld
+            | Vpsllq
+            | Vpsrlw
+            | Vpsrld
+            | Vpsrlq
+            | Vpsraw
+            | Vpsrad
+            | Vpsraq
+            | Vinsertf32x4
+            | Vinsertf32x8
+            | Vinsertf64x2
+            | Vinsertf64x4
+            | Vinserti32x4
+            | Vinserti32x8
+            | Vinserti64x2
+            | Vinserti64x4
+            | Vbroadcastf32x2
+            | Vbroadcastf32x4
+            | Vbroadcastf32x8
+            | Vbroadcastf64x2
+            | Vbroadcastf64x4
+            | Vbroadcasti32x2
+            | Vbroadcasti32x4
+            | Vbroadcasti32x8
+            | Vbroadcasti64x2
+            | Vbroadcasti64x4
+            | Vgf2p8affineqb
+            | Vgf2p8affineinvqb
     )
 }
 
@@ -121,10 +216,5 @@ impl<E: Env + ?Sized> Step<'_, E> {
             let from = 16 * (n.wrapping_sub(top) & 7);
             bytes[32 + 16 * n..48 + 16 * n].copy_from_slice(&old[from..from + 16]);
         }
-    }
-
-    /// 64-bit mode.
-    pub(super) fn long(&self) -> bool {
-        self.mode == CodeSize::Bits64
     }
 }

@@ -11,6 +11,7 @@
 pub(crate) mod address;
 mod branch;
 mod debug;
+mod gather;
 mod hints;
 mod legacy;
 mod masked;
@@ -19,8 +20,9 @@ mod native;
 mod operand;
 mod stack;
 mod string;
-mod traits;
-mod vector;
+pub(crate) mod traits;
+pub(crate) mod vector;
+mod xsave;
 
 use crate::bits::*;
 use crate::env::{Env, Exception, Exit, Stop};

@@ -8,7 +8,7 @@
 
 use super::address::{effective_address, gpr_name};
 use super::traits::Traits;
-use super::{Flow, Step, traits};
+use super::{Flow, Step, masked, traits, vector};
 use crate::bits::*;
 use crate::encoding::{Encoding, Field, HostMem, MAX_LEN, gpr_field};
 use crate::env::{Env, Exit, NativeRegs, Stop};
@@ -25,6 +25,14 @@ const MAX_OPERAND: usize = 128;
 /// Room for an operand at the guest's own alignment within a cache line.
 #[repr(C, align(64))]
 struct Bounce([u8; MAX_OPERAND + 64]);
+
+/// What a buffer holds that an instruction is to fill.
+const UNTOUCHED: u8 = 0xa5;
+
+/// FSW.ES: an unmasked x87 exception is pending.
+fn x87_exception(area: &XsaveArea) -> bool {
+    vector::live(area, vector::component::X87).is_some_and(|bytes| bytes[2] & 0x80 != 0)
+}
 
 /// An instruction on its way to the host.
 pub(super) struct Native {
@@ -224,7 +232,7 @@ impl<E: Env + ?Sized> Step<'_, E> {
 
     /// The access depends on a mask: elements that are masked out must not fault.
     fn conditional(&self) -> bool {
-        self.insn.op_mask() != Register::None
+        self.insn.op_mask() != Register::None && !masked::unconditional(self.insn.mnemonic())
             || matches!(
                 self.insn.mnemonic(),
                 Mnemonic::Vmaskmovps
@@ -278,6 +286,8 @@ impl<E: Env + ?Sized> Step<'_, E> {
         }
         if traits.reads() {
             self.read_at(address, &mut buffer.0[at..at + size])?;
+        } else {
+            buffer.0[at..at + size].fill(UNTOUCHED);
         }
         if let Some(base) = native.base {
             let start = buffer.0.as_mut_ptr().expose_provenance() + at;
@@ -297,7 +307,14 @@ impl<E: Env + ?Sized> Step<'_, E> {
         let done = self.launch(&mut native, area.as_deref_mut());
         self.keep_mxcsr(area.as_deref(), done)?;
         let data = buffer.0;
-        self.write_back(address, &data[at..at + size])?;
+        let data = &data[at..at + size];
+        // An x87 store with an unmasked exception stores nothing.
+        let refused = traits.x87()
+            && area.as_deref().is_some_and(x87_exception)
+            && data.iter().all(|&b| b == UNTOUCHED);
+        if !refused {
+            self.write_back(address, data)?;
+        }
         if let Some(area) = area {
             self.cpu.xsave = *area;
         }
@@ -373,7 +390,8 @@ impl<E: Env + ?Sized> Step<'_, E> {
         self.masked_bounce(native, traits, seg, offset, size)
     }
 
-    /// Element by element through a buffer, only the elements that the mask selects.
+    /// Through a buffer: stores touch only the elements that the mask selects, and so do loads that
+    /// would fault as a whole.
     fn masked_bounce(
         &mut self,
         mut native: Native,
@@ -388,8 +406,20 @@ impl<E: Env + ?Sized> Step<'_, E> {
         let mask = super::address::size_mask(width);
         let base_at = (offset & 63) as usize;
         let write = traits.writes();
+        // What can be read as a whole is read as a whole.
+        let whole = !write
+            && match self.address(seg, offset, size, false) {
+                Ok(address) => {
+                    match self.read_at(address, &mut buffer.0[base_at..base_at + size]) {
+                        Ok(()) => true,
+                        Err(stop @ Stop::Exit(_)) => return Err(stop),
+                        Err(_) => false,
+                    }
+                }
+                Err(_) => false,
+            };
         for n in 0..(size / element.max(1)).min(64) {
-            if selected & (1 << n) == 0 {
+            if whole || selected & (1 << n) == 0 {
                 continue;
             }
             let at = base_at + n * element;

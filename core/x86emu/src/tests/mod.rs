@@ -1,5 +1,6 @@
 //! Tests of the interpreter, on a fake environment and against the host CPU.
 
+mod control;
 mod event;
 mod fake;
 mod machine;
@@ -9,3 +10,5 @@ mod random;
 mod paging;
 mod segment;
 mod setup;
+mod task;
+mod transfer;

@@ -90,13 +90,14 @@ fn check_net(args: &RunArgs) -> Result<(), Error> {
         );
     }
     for (index, publish) in args.publish.iter().enumerate() {
-        let same = |other: &&crate::options::Publish| {
-            (other.host, other.protocol) == (publish.host, publish.protocol)
-        };
-        if args.publish[..index].iter().any(|other| same(&other)) {
-            return Err(
-                Error::usage(format!("the port {} is published twice", publish.host))
-                    .hint("give each --publish a port of its own"),
+        let place = |f: &netstack::Forward| (f.proto, f.host_addr, f.host_port);
+        let taken = |other: &netstack::Forward| place(other) == place(publish);
+        if publish.host_port != 0 && args.publish[..index].iter().any(taken) {
+            return Err(Error::usage(format!(
+                "the port {} of this machine is published twice",
+                publish.host_port
+            ))
+            .hint("give each --publish a port of its own"),
             );
         }
     }

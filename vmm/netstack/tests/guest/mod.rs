@@ -267,7 +267,7 @@ impl Guest {
     }
 
     pub fn tcp_socket(&mut self) -> SocketHandle {
-        let buffer = || tcp::SocketBuffer::new(vec![0; 1 << 18]);
+        let buffer = || tcp::SocketBuffer::new(vec![0; 1 << 21]);
         self.sockets.add(tcp::Socket::new(buffer(), buffer()))
     }
 

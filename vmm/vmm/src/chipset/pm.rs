@@ -40,13 +40,9 @@ pub struct PmDevice {
 }
 
 impl PmDevice {
-    /// Registers at power-on; the SCI goes to `vm`.
+    /// Registers at power-on; the SCI goes to `vm`, if there is one.
     #[must_use]
-    pub fn new(vm: Arc<Vm>) -> Self {
-        Self::with_sci(Some(vm))
-    }
-
-    fn with_sci(vm: Option<Arc<Vm>>) -> Self {
+    pub fn new(vm: Option<Arc<Vm>>) -> Self {
         Self {
             vm,
             start: Instant::now(),
@@ -135,7 +131,7 @@ mod tests {
     use super::*;
 
     fn pm() -> PmDevice {
-        PmDevice::with_sci(None)
+        PmDevice::new(None)
     }
 
     fn read16(pm: &PmDevice, offset: u16) -> u16 {

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
+use crate::acpi;
 use crate::boot::{self, Payload};
 use crate::channel::ByteChannel;
 use crate::chipset::Chipset;
@@ -17,12 +18,24 @@ use crate::cpuid;
 use crate::hypervisor::{self, Engine, Hypervisor, Vcpu, Vm};
 use crate::layout::{IDENTITY_MAP, KVM_TSS};
 use crate::memory::{self, GuestMem};
+use crate::pci::intx::Lines;
+use crate::pci::{self, PciBus};
+use crate::virtio::VirtioDevice;
+use crate::virtio::block::Block;
+use crate::virtio::console::{Console, ConsolePort};
+use crate::virtio::disk::{self, DiskConfig, DiskImage};
+use crate::virtio::net::{Net, NetConfig};
+use crate::virtio::rng::Rng;
+use crate::virtio::transport::{self, VirtioPci};
 use bus::Bus;
 pub use outcome::{Crash, CrashReason, Outcome};
 pub use stop::Stop;
 
 /// Most vCPUs: APIC ids of 8 bits, without the broadcast one and the I/O APIC's.
 pub const MAX_CPUS: u32 = 254;
+
+/// Name of the control channel's port: `/sys/class/virtio-ports/vportNpM/name` in the guest.
+pub const CONTROL_PORT: &str = "org.anykvm.control";
 
 /// What machine to build. Cheap to clone; build it again after a reset.
 #[derive(Clone)]
@@ -37,6 +50,34 @@ pub struct MachineConfig {
     pub memory: u64,
     /// Host's end of COM1 (`ttyS0`).
     pub serial: ByteChannel,
+    /// Host's end of a virtio console (`hvc0`), if there shall be one.
+    pub console: Option<ByteChannel>,
+    /// Host's end of the control channel, if there shall be one: a virtio port with the name
+    /// [`CONTROL_PORT`], over which a program in the guest and the host exchange bytes of
+    /// their own making. The machine does not look at them.
+    pub control: Option<ByteChannel>,
+    /// Disks, `vda` first.
+    pub disks: Vec<DiskConfig>,
+    /// Network cards.
+    pub nets: Vec<NetConfig>,
+}
+
+impl MachineConfig {
+    /// A machine with one CPU, 512 MiB of RAM and nothing plugged in.
+    #[must_use]
+    pub fn new(engine: Engine, payload: Payload) -> Self {
+        Self {
+            engine,
+            payload,
+            cpus: 1,
+            memory: 512 << 20,
+            serial: ByteChannel::default(),
+            console: None,
+            control: None,
+            disks: Vec::new(),
+            nets: Vec::new(),
+        }
+    }
 }
 
 /// A machine cannot be built.
@@ -59,6 +100,15 @@ pub enum Error {
     /// Kernel or initrd cannot be loaded.
     #[error(transparent)]
     Boot(#[from] boot::Error),
+    /// A disk cannot be used.
+    #[error(transparent)]
+    Disk(#[from] disk::Error),
+    /// Too many devices.
+    #[error(transparent)]
+    Pci(#[from] pci::Error),
+    /// The tables do not fit.
+    #[error(transparent)]
+    Acpi(#[from] acpi::Error),
     /// The host is out of descriptors or threads.
     #[error("cannot {what}: {source}")]
     Host {
@@ -117,8 +167,15 @@ impl Machine {
                 max,
             });
         }
+        // What can be wrong with the user's files comes first.
+        let images = config
+            .disks
+            .iter()
+            .map(DiskImage::open)
+            .collect::<Result<Vec<_>, _>>()?;
         let memory = memory::create(config.memory)?;
         let entry = boot::load(&memory, config.memory, &config.payload)?;
+        acpi::write(&memory, config.cpus)?;
 
         let vm = Arc::new(hypervisor.create_vm()?);
         vm.set_tss_address(KVM_TSS)?;
@@ -132,11 +189,29 @@ impl Machine {
         vm.create_pit2(pit)?;
 
         let stop = Arc::new(Stop::default());
-        let chipset = Chipset::new(&vm, &stop, &config.serial).map_err(|source| Error::Host {
-            what: "set up the serial port",
-            source,
-        })?;
-        let bus = Arc::new(Bus { chipset });
+        let chipset =
+            Chipset::new(Some(&vm), &stop, &config.serial).map_err(|source| Error::Host {
+                what: "set up the serial port",
+                source,
+            })?;
+        let pci = PciBus::default();
+        let lines = Arc::new(Lines::new(Some(Arc::clone(&vm))));
+        for device in devices(config, images) {
+            let placement = pci.place(transport::BAR_SIZE)?;
+            let device = VirtioPci::new(
+                device,
+                placement,
+                Arc::clone(&memory),
+                Some(Arc::clone(&vm)),
+                &lines,
+            )
+            .map_err(|source| Error::Host {
+                what: "set up a device",
+                source,
+            })?;
+            pci.plug(Box::new(device));
+        }
+        let bus = Arc::new(Bus { chipset, pci });
 
         let cpuid = cpuid::Template::new(&hypervisor, config.cpus)?;
         let vcpus = (0..config.cpus)
@@ -200,11 +275,38 @@ impl Machine {
             }
             let _ = thread.join();
         }
+        self.bus.pci.shutdown();
         match failure {
             Some(error) => Err(error),
             None => Ok(outcome),
         }
     }
+}
+
+/// The devices on the PCI bus, in the order of their slots.
+fn devices(config: &MachineConfig, images: Vec<DiskImage>) -> Vec<Box<dyn VirtioDevice>> {
+    let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
+    for (image, disk) in images.into_iter().zip(&config.disks) {
+        devices.push(Box::new(Block::new(image, &disk.serial)));
+    }
+    for net in &config.nets {
+        devices.push(Box::new(Net::new(net)));
+    }
+    devices.push(Box::new(Rng::default()));
+    let port = |name: Option<&str>, channel: &ByteChannel| ConsolePort {
+        name: name.map(str::to_owned),
+        channel: channel.clone(),
+    };
+    if let Some(channel) = &config.console {
+        devices.push(Box::new(Console::new(vec![port(None, channel)])));
+    }
+    if let Some(channel) = &config.control {
+        devices.push(Box::new(Console::new(vec![port(
+            Some(CONTROL_PORT),
+            channel,
+        )])));
+    }
+    devices
 }
 
 fn register_memory(vm: &Vm, memory: &GuestMem) -> Result<(), Error> {
