@@ -134,6 +134,9 @@ impl Stack {
         items: &mut [u64],
         size: usize,
     ) -> Result<(), Stop> {
+        if items.is_empty() {
+            return Ok(());
+        }
         let total = items.len() * size;
         let mask = self.mask();
         let access = self.access(false);

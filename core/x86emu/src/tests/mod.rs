@@ -1,8 +1,10 @@
 //! Tests of the interpreter, on a fake environment and against the host CPU.
 
 mod control;
+mod arbitrary;
 mod event;
 mod fake;
+mod hostile;
 mod machine;
 mod native;
 mod native_ops;
