@@ -5,7 +5,7 @@ use super::address::{segment_index, size_mask};
 use super::{Flow, Step, vector};
 use crate::env::{Env, Stop};
 use crate::state::gpr;
-use iced_x86::{Mnemonic, OpKind, Register};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 /// Compress stores and expand loads access the selected elements packed together.
 fn packed(m: Mnemonic) -> bool {
@@ -28,8 +28,17 @@ fn packed(m: Mnemonic) -> bool {
 
 /// EVEX instructions whose mask applies to the result only: they mix the elements of the memory
 /// operand, or use it as a whole (exception types E4NF, E5NF, E6NF).
-pub(super) fn unconditional(m: Mnemonic) -> bool {
+pub(super) fn unconditional(insn: &Instruction) -> bool {
     use Mnemonic::*;
+    let m = insn.mnemonic();
+    let shift = matches!(
+        m,
+        Vpsllw | Vpslld | Vpsllq | Vpsrlw | Vpsrld | Vpsrlq | Vpsraw | Vpsrad | Vpsraq
+    );
+    if shift {
+        // Shifts by an immediate treat the operand element by element; else it is the count.
+        return insn.op_kind(insn.op_count().saturating_sub(1)) == OpKind::Memory;
+    }
     matches!(
         m,
         Vunpcklps
@@ -89,15 +98,6 @@ pub(super) fn unconditional(m: Mnemonic) -> bool {
             | Vpconflictq
             | Vdbpsadbw
             | Vpshufbitqmb
-            | Vpsllw
-            | Vpslld
-            | Vpsllq
-            | Vpsrlw
-            | Vpsrld
-            | Vpsrlq
-            | Vpsraw
-            | Vpsrad
-            | Vpsraq
             | Vinsertf32x4
             | Vinsertf32x8
             | Vinsertf64x2

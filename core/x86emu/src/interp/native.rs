@@ -232,7 +232,7 @@ impl<E: Env + ?Sized> Step<'_, E> {
 
     /// The access depends on a mask: elements that are masked out must not fault.
     fn conditional(&self) -> bool {
-        self.insn.op_mask() != Register::None && !masked::unconditional(self.insn.mnemonic())
+        self.insn.op_mask() != Register::None && !masked::unconditional(self.insn)
             || matches!(
                 self.insn.mnemonic(),
                 Mnemonic::Vmaskmovps

@@ -151,7 +151,7 @@ impl<E: Env + ?Sized> Step<'_, E> {
         };
         // Neither the offset may wrap within the batch nor the segment end.
         let room = if shape.down {
-            offset / size + 1
+            (offset / size).saturating_add(1)
         } else {
             (size_mask(shape.width) - offset) / size
         };
