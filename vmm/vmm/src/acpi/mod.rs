@@ -231,4 +231,34 @@ mod tests {
             );
         }
     }
+
+    /// ACPICA's own compiler, where there is one, must understand the DSDT.
+    #[test]
+    fn acpica_understands_the_dsdt() {
+        let dir = std::env::temp_dir().join(format!("anykvm-acpi-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let image = build(2);
+        let at = Rsdp::len().next_multiple_of(16);
+        let len = u32::from_le_bytes(image[at + 4..at + 8].try_into().unwrap()) as usize;
+        std::fs::write(dir.join("dsdt.aml"), &image[at..at + len]).unwrap();
+        let run = |args: &[&str]| {
+            std::process::Command::new("iasl")
+                .args(args)
+                .current_dir(&dir)
+                .output()
+        };
+        match run(&["-d", "dsdt.aml"]) {
+            Err(e) => eprintln!("skipped: iasl (Debian: acpica-tools): {e}"),
+            Ok(output) => {
+                assert!(output.status.success(), "{output:?}");
+                let output = run(&["-tc", "dsdt.dsl"]).unwrap();
+                let text = String::from_utf8_lossy(&output.stdout).into_owned();
+                assert!(
+                    output.status.success() && text.contains("0 Errors, 0 Warnings"),
+                    "{text}"
+                );
+            }
+        }
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
 }
