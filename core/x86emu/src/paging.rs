@@ -346,7 +346,8 @@ pub fn permitted(cpu: &CpuState, mapping: &Mapping, access: Access) -> bool {
     if access.user {
         mapping.user && (!access.write || mapping.writable) && (!access.fetch || !mapping.nx)
     } else if access.fetch {
-        !mapping.nx && !(mapping.user && cpu.cr4 & CR4_SMEP != 0)
+        let smep = mapping.user && cpu.cr4 & CR4_SMEP != 0;
+        !(mapping.nx || smep)
     } else {
         let read_only = access.write && !mapping.writable && cpu.cr0 & CR0_WP != 0;
         let smap =
