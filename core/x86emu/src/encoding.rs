@@ -303,10 +303,15 @@ impl Encoding {
         }
         if e.form != Form::Legacy {
             e.has_modrm = !(e.form == Form::Vex && e.map == 1 && e.opcode == 0x77);
-        } else if mode == CodeSize::Bits16
-            && insn.op_code().mandatory_prefix() == MandatoryPrefix::None
-        {
-            e.opsize = !e.opsize;
+        } else if mode == CodeSize::Bits16 {
+            let op = insn.op_code();
+            match (op.mandatory_prefix(), op.operand_size()) {
+                (MandatoryPrefix::None, _) => e.opsize = !e.opsize,
+                // POPCNT, LZCNT, TZCNT, CRC32: 66 still chooses the operand size.
+                (MandatoryPrefix::PF3 | MandatoryPrefix::PF2, 16) => e.opsize = true,
+                (MandatoryPrefix::PF3 | MandatoryPrefix::PF2, 32) => e.opsize = false,
+                _ => {}
+            }
         }
         if e.has_modrm {
             let modrm = *bytes.get(at)?;

@@ -211,6 +211,136 @@ impl Bench {
     }
 }
 
+impl Bench {
+    /// An instruction in 16- or 32-bit code against its 64-bit form.
+    fn compare_narrow(&mut self, insn: &Instruction, bits: CodeSize) -> Result<bool, String> {
+        let (base, index) = (iced_x86::Register::RBX, iced_x86::Register::RSI);
+        let mut wide = *insn;
+        if insn.memory_base() != iced_x86::Register::None {
+            wide.set_memory_base(base);
+            wide.set_memory_displ_size(8);
+        }
+        if insn.memory_index() != iced_x86::Register::None {
+            wide.set_memory_index(index);
+        }
+        let mut encoder = Encoder::new(bits as u32);
+        let mut wide_encoder = Encoder::new(64);
+        if encoder.encode(insn, 0x1000).is_err() || wide_encoder.encode(&wide, 0x1000).is_err() {
+            return Ok(false);
+        }
+        let (code, wide_code) = (encoder.take_buffer(), wide_encoder.take_buffer());
+        let Ok(back) = decode(bits, &code, 0x1000) else {
+            return Ok(false);
+        };
+        if back.code() != insn.code() {
+            return Ok(false);
+        }
+        let mut cpu = flat_mode(bits, 0);
+        cpu.cr4 |= 1 << 10;
+        self.random.state(&mut cpu, true);
+        for value in &mut cpu.gpr {
+            *value &= 0xffff_ffff;
+        }
+        let at = self.random.below(64);
+        cpu.gpr[gpr::RSI] = at;
+        if bit_test(insn.mnemonic()) && insn.op1_kind() == iced_x86::OpKind::Register {
+            let register = insn.op1_register().full_register().number();
+            cpu.gpr[register] = self.random.below(1024);
+        }
+        self.env.write(0x1000, &code);
+        let offset = 1024 + self.random.below(2048) & !63;
+        self.random.fill(&mut self.host.0);
+        self.env.write(DATA, &self.host.0);
+        let mut regs = NativeRegs {
+            gpr: cpu.gpr,
+            rflags: cpu.rflags & 0x8d5,
+        };
+        let mut area = cpu.xsave.clone();
+        regs.gpr[gpr::RBX] = aim(insn, at, self.host.0.as_mut_ptr() as u64 + offset);
+        cpu.gpr[gpr::RBX] = aim(insn, at, DATA + offset);
+        let want = self.oracle.native(&wide_code, &mut regs, Some(&mut area));
+        let got = interp::step(&mut cpu, &mut self.env);
+        let fail = |what: &str| Err(format!("{what}: {:?} {code:02x?} {bits:?}", insn.code()));
+        match (want, got) {
+            (Ok(()), Ok(())) => {}
+            (Err(v), Err(Stop::Exception(e))) if e.vector == v => return Ok(false),
+            // VEX does not exist in real mode.
+            (_, Err(stop)) if stop == Stop::ud() && traits::of(insn).vex() => return Ok(false),
+            (want, got) => return fail(&format!("faults {want:?} {got:?}")),
+        }
+        if random_result(insn.mnemonic()) {
+            return Ok(true);
+        }
+        for n in 0..8 {
+            if n != gpr::RSP && n != gpr::RBX && (cpu.gpr[n] ^ regs.gpr[n]) as u32 != 0 {
+                return fail(&format!("register {n}: {:x} {:x}", regs.gpr[n], cpu.gpr[n]));
+            }
+        }
+        if (cpu.rflags ^ regs.rflags) & 0x8d5 & !undefined_flags(insn) != 0 {
+            return fail(&format!("flags: {:x} {:x}", regs.rflags, cpu.rflags));
+        }
+        if (160..416).any(|at| cpu.xsave.0[at] != area.0[at])
+            || (24..160).any(|at| !(28..32).contains(&at) && cpu.xsave.0[at] != area.0[at])
+        {
+            return fail("vector state");
+        }
+        if self.env.read(DATA, 8192) != self.host.0 {
+            return fail("memory");
+        }
+        if cpu.rip != 0x1000 + code.len() as u64 {
+            return fail("rip");
+        }
+        Ok(true)
+    }
+}
+
+fn sweep_narrow(bits: CodeSize, seed: u64) {
+    let mut bench = Bench::new(seed);
+    let mut opcodes = 0;
+    let mut failures: Vec<String> = Vec::new();
+    for code in Code::values() {
+        let op = code.op_code();
+        if !op.mode64() || !op.mode32() || !op.is_instruction() {
+            continue;
+        }
+        for memory in [false, true] {
+            let mut any = false;
+            for _ in 0..8 {
+                let Some(insn) = bench.random.instruction(code, memory, bits as u32) else {
+                    break;
+                };
+                if traits::of(&insn).class() != Class::Native {
+                    break;
+                }
+                match bench.compare_narrow(&insn, bits) {
+                    Ok(ran) => any |= ran,
+                    Err(what) => {
+                        failures.push(what);
+                        break;
+                    }
+                }
+            }
+            opcodes += usize::from(any);
+        }
+    }
+    println!("{bits:?}: {opcodes} opcodes");
+    for failure in failures.iter().take(40) {
+        println!("{failure}");
+    }
+    assert!(failures.is_empty(), "{} opcodes disagree", failures.len());
+    assert!(opcodes > 400);
+}
+
+#[test]
+fn code_of_32_bits() {
+    sweep_narrow(CodeSize::Bits32, 5);
+}
+
+#[test]
+fn code_of_16_bits() {
+    sweep_narrow(CodeSize::Bits16, 6);
+}
+
 fn undefined_flags(insn: &Instruction) -> u64 {
     use iced_x86::RflagsBits as B;
     let flags = insn.rflags_undefined();
