@@ -100,6 +100,7 @@ const SIMPLE_IF: u32 = 1 << 11;
 const INTERPRET: u32 = 1 << 12;
 const SIMPLE_AC: u32 = 1 << 13;
 const SMAP: u32 = 1 << 14;
+const TSC: u32 = 1 << 15;
 
 fn flat(s: &Segment) -> bool {
     // Present, base 0, 4 GiB, and for data: expand-up and writable or readable code.
@@ -176,6 +177,9 @@ impl Context {
         if smap {
             k |= SMAP;
         }
+        if cpu.cpl == 0 || cpu.cr4 & 4 == 0 {
+            k |= TSC;
+        }
         let alignment = cpu.cpl == 3 && cpu.cr0 & (1 << 18) != 0 && cpu.rflags & (1 << 18) != 0;
         if cpu.v86() || !cpu.protected() || alignment {
             k |= INTERPRET;
@@ -231,6 +235,10 @@ impl Context {
     /// STAC and CLAC change nothing but bit 18, and are allowed.
     pub fn simple_ac(self) -> bool {
         self.0 & SIMPLE_AC != 0
+    }
+    /// RDTSC is allowed.
+    pub fn tsc(self) -> bool {
+        self.0 & TSC != 0
     }
     /// The context after STAC (`set`) or CLAC.
     pub fn with_ac(self, set: bool) -> Context {

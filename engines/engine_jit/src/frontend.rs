@@ -54,6 +54,14 @@ pub enum Kind {
     SetAc(bool),
     /// BT, BTS, BTR, BTC of a bit string in memory with the bit number in a register.
     BitString,
+    /// SWAPGS.
+    Swapgs,
+    /// PUSHFQ.
+    Pushf,
+    /// POPFQ, as long as it changes IF and arithmetic flags only.
+    Popf,
+    /// RDTSC, or RDTSCP (true).
+    Rdtsc(bool),
     /// Left to the interpreter.
     Interpret,
 }
@@ -172,6 +180,8 @@ pub fn decode(page: &[u8; 4096], start: usize, ctx: Context) -> Decoded {
 fn op(insn: Instruction, off: u16, enc: Option<Encoding>, kind: Kind, fpu: bool) -> Op {
     let (reads, modifies) = match kind {
         // Whatever pushes or replaces RFLAGS as a whole.
+        Kind::Pushf => (ARITH, 0),
+        Kind::Popf => (0, ARITH),
         Kind::Interpret
             if insn.flow_control() != FlowControl::Next
                 || matches!(
@@ -325,6 +335,11 @@ fn classify(insn: &Instruction, bytes: &[u8], ctx: Context) -> (Kind, Option<Enc
     }
     match insn.mnemonic() {
         M::Cli if ctx.simple_if() => return (Kind::Cli, None, false),
+        M::Swapgs if long && !ctx.user() => return (Kind::Swapgs, None, false),
+        M::Pushfq if long && ctx.simple_if() => return (Kind::Pushf, None, false),
+        M::Popfq if long && ctx.simple_if() => return (Kind::Popf, None, false),
+        M::Rdtsc if ctx.tsc() => return (Kind::Rdtsc(false), None, false),
+        M::Rdtscp if ctx.tsc() => return (Kind::Rdtsc(true), None, false),
         M::Stac if ctx.simple_ac() => return (Kind::SetAc(true), None, false),
         M::Clac if ctx.simple_ac() => return (Kind::SetAc(false), None, false),
         M::Sti if ctx.simple_if() => return (Kind::Sti, None, false),

@@ -106,6 +106,9 @@ offsets! {
     RFLAGS = cpu.rflags;
     SEG = cpu.seg;
     XSAVE = cpu.xsave;
+    TSC_OFFSET = cpu.tsc_offset;
+    TSC_AUX = cpu.tsc_aux;
+    KERNEL_GS_BASE = cpu.kernel_gs_base;
     ATTENTION = attention;
     IRQ_WINDOW = irq_window;
     FLAGS = flags;
@@ -189,7 +192,7 @@ impl VcpuMem {
     pub fn split_flags(&mut self) {
         let f = self.cpu.rflags;
         self.flags = ((f & 0xd5) << 8 | (f >> 11) & 1) as u32;
-        self.cpu.rflags = f & !ARITH | 2;
+        self.cpu.rflags = f & !ARITH & !RF | 2;
     }
 
     /// The attention flag is raised.
@@ -198,5 +201,8 @@ impl VcpuMem {
     }
 }
 
+/// The resume flag: it holds for one instruction, and only instruction breakpoints, which are never
+/// armed while translated code runs, look at it.
+const RF: u64 = 1 << 16;
 /// CF, PF, AF, ZF, SF, OF.
 pub const ARITH: u64 = 0x8d5;

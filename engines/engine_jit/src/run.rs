@@ -31,6 +31,7 @@ pub const HELPERS: Helpers = Helpers {
 
 const TF: u64 = 1 << 8;
 const IF: u64 = 1 << 9;
+const RF: u64 = 1 << 16;
 
 /// One [`kvm_core::engine::EngineVcpu::run`] in progress.
 pub struct Runner<'a> {
@@ -304,6 +305,7 @@ impl<'a> Runner<'a> {
             if self.exit.is_some() || self.interrupted().is_some() || self.single_step() {
                 return 0;
             }
+            self.vm.cpu.rflags &= !RF;
             let ctx = Context::of(&self.vm.cpu);
             let pc = self.linear_pc();
             self.vm.ctx = ctx.0;

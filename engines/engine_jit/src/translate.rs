@@ -249,6 +249,15 @@ impl Tx<'_> {
             Kind::Cli => self.a.store_imm(Size::B, Mem::Gs(off::RFLAGS + 1), 0),
             Kind::Sti => self.sti(op),
             Kind::SetAc(set) => self.set_ac(op, set),
+            Kind::Swapgs => {
+                self.a.load(Size::Q, T, Mem::Gs(seg_base(5)));
+                self.a.load(Size::Q, I, Mem::Gs(off::KERNEL_GS_BASE));
+                self.a.store(Size::Q, Mem::Gs(seg_base(5)), I);
+                self.a.store(Size::Q, Mem::Gs(off::KERNEL_GS_BASE), T);
+            }
+            Kind::Pushf => self.pushf(op),
+            Kind::Popf => self.popf(op),
+            Kind::Rdtsc(aux) => self.rdtsc(op, aux),
             Kind::BitString => self.bit_string(op),
             Kind::Interpret => self.interpret(op),
         }
@@ -312,6 +321,85 @@ impl Tx<'_> {
         self.ctx = ctx;
         self.jump_direct(next, op.live_target, false);
         self.ctx = leaving;
+    }
+
+    fn pushf(&mut self, op: &Op) {
+        self.save_flags(ARITH);
+        let retry = self.a.here();
+        self.stack_address(T, -8);
+        let miss = self.probe(8, true, retry, op);
+        self.a.lea(I, Mem::Sib(Some(I), Some((T, 0)), 0));
+        flags::restore_keeping_scratch(&mut self.a);
+        self.a.bytes(&[0x9c, 0x41, 0x5e]); // pushfq; pop r14
+        self.a.alu_imm(Size::D, 4, T, crate::layout::ARITH as i32);
+        self.a.op_mem(Size::Q, &[0x0b], T, Mem::Gs(off::RFLAGS)); // or
+        self.a.store(Size::Q, at(I, 0), T);
+        self.stack_address(GUEST_RSP, -8);
+        self.resume_miss([miss], op);
+    }
+
+    fn popf(&mut self, op: &Op) {
+        // Whatever was live is replaced.
+        self.flags = Flags::Memory;
+        let retry = self.a.here();
+        self.a.mov(T, GUEST_RSP);
+        let miss = self.probe(8, false, retry, op);
+        self.a.load(Size::Q, T, Mem::Sib(Some(I), Some((T, 0)), 0));
+        // Anything but IF and the arithmetic flags is left to the interpreter, as is IF with an
+        // interrupt waiting for it.
+        self.a.mov(I, T);
+        self.a.op_mem(Size::Q, &[0x33], I, Mem::Gs(off::RFLAGS)); // xor
+        let others = !(crate::layout::ARITH as i32 | 0x200 | 2);
+        self.a.alu_imm(Size::Q, 4, I, others);
+        let other = self.a.jcc(cc::NE);
+        self.a.mov(I, T);
+        self.a.shr(I, 8);
+        self.a.alu_imm(Size::D, 4, I, 2);
+        let off_ = self.a.jcc(cc::E);
+        self.a.cmp_mem_imm8(Size::D, Mem::Gs(off::IRQ_WINDOW), 0);
+        let window = self.a.jcc(cc::NE);
+        self.a.bind(off_);
+        self.a.store(Size::B, Mem::Gs(off::RFLAGS + 1), I);
+        self.a.mov(I, T);
+        self.a.shr(I, 11);
+        self.a.alu_imm(Size::D, 4, I, 1);
+        self.a.op_reg(Size::D, &[0xc1], 4, T); // shl
+        self.a.bytes(&[8]);
+        self.a.alu_imm(Size::D, 4, T, 0xd500);
+        self.a.op_reg(Size::D, &[0x09], I, T); // or
+        self.a.store(Size::W, Mem::Gs(off::FLAGS), T);
+        self.stack_address(GUEST_RSP, 8);
+        let (meta, resume) = (self.meta(op), self.a.here());
+        for jump in [other, window] {
+            self.cold.push(Cold::Interpret {
+                jump,
+                meta,
+                resume,
+                reload: false,
+                save: false,
+            });
+        }
+        self.resume_miss([miss], op);
+    }
+
+    fn rdtsc(&mut self, op: &Op, aux: bool) {
+        self.save_flags(op.live_before);
+        self.a.bytes(if aux {
+            &[0x0f, 0x01, 0xf9]
+        } else {
+            &[0x0f, 0x31]
+        });
+        self.a.op_reg(Size::Q, &[0xc1], 4, reg::RDX); // shl
+        self.a.bytes(&[32]);
+        self.a.op_reg(Size::Q, &[0x09], reg::RDX, reg::RAX); // or
+        self.a
+            .op_mem(Size::Q, &[0x03], reg::RAX, Mem::Gs(off::TSC_OFFSET)); // add
+        self.a.mov(reg::RDX, reg::RAX);
+        self.a.shr(reg::RDX, 32);
+        self.a.mov32(reg::RAX, reg::RAX);
+        if aux {
+            self.a.load(Size::D, reg::RCX, Mem::Gs(off::TSC_AUX));
+        }
     }
 
     /// A bit string in memory: the bit number reaches beyond the operand at the address.
