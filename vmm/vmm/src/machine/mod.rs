@@ -56,6 +56,8 @@ pub struct MachineConfig {
     /// [`CONTROL_PORT`], over which a program in the guest and the host exchange bytes of
     /// their own making. The machine does not look at them.
     pub control: Option<ByteChannel>,
+    /// Further named virtio ports, on the control channel's device: a command's streams.
+    pub ports: Vec<ConsolePort>,
     /// Disks, `vda` first.
     pub disks: Vec<DiskConfig>,
     /// Network cards.
@@ -74,6 +76,7 @@ impl MachineConfig {
             serial: ByteChannel::default(),
             console: None,
             control: None,
+            ports: Vec::new(),
             disks: Vec::new(),
             nets: Vec::new(),
         }
@@ -300,11 +303,13 @@ fn devices(config: &MachineConfig, images: Vec<DiskImage>) -> Vec<Box<dyn Virtio
     if let Some(channel) = &config.console {
         devices.push(Box::new(Console::new(vec![port(None, channel)])));
     }
-    if let Some(channel) = &config.control {
-        devices.push(Box::new(Console::new(vec![port(
-            Some(CONTROL_PORT),
-            channel,
-        )])));
+    let control = config
+        .control
+        .iter()
+        .map(|channel| port(Some(CONTROL_PORT), channel));
+    let ports: Vec<_> = control.chain(config.ports.iter().cloned()).collect();
+    if !ports.is_empty() {
+        devices.push(Box::new(Console::new(ports)));
     }
     devices
 }

@@ -284,11 +284,19 @@ impl Handler for Ports {
                 }
             }
         });
+        let mut input_only = false;
         if ended && let Some(port) = self.ports.get_mut(index) {
             port.ended = true;
+            input_only = port.name.is_some() && port.channel.output.is_none();
         }
         if served {
             queues.notify(rx);
+        }
+        // A program that reads the port finds its end, as that of a pipe. With an output, the
+        // port stays open for it.
+        if input_only && self.multiport {
+            self.post(index, PORT_OPEN, 0, &[]);
+            self.send_messages(queues);
         }
     }
 }

@@ -192,3 +192,6 @@ pub(crate) fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
         *byte = config.get(at).copied().unwrap_or(0);
     }
 }
+
+#[cfg(test)]
+mod tests;
