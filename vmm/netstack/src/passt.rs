@@ -5,11 +5,12 @@
 //! passt copies the host's own addresses to the guest, IPv6 included.
 
 use std::collections::VecDeque;
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
+use std::process::{Child, ChildStderr, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
@@ -90,6 +91,8 @@ pub fn spawn(config: &PasstConfig) -> io::Result<Handle> {
     let mut child = Command::new(&config.program)
         .args(config.arguments())
         .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
         .spawn()
         .map_err(|error| {
             io::Error::new(
@@ -97,6 +100,11 @@ pub fn spawn(config: &PasstConfig) -> io::Result<Handle> {
                 format!("cannot start {program}: {error}; install passt or use the built-in user network"),
             )
         })?;
+    let last_words = Arc::new(Mutex::new(String::new()));
+    let log = match child.stderr.take() {
+        Some(stderr) => Some(follow_log(stderr, Arc::clone(&last_words))?),
+        None => None,
+    };
     let deadline = Instant::now() + START_LIMIT;
     loop {
         let error = match UnixStream::connect(&config.socket) {
@@ -104,7 +112,12 @@ pub fn spawn(config: &PasstConfig) -> io::Result<Handle> {
             Err(error) => error,
         };
         if let Some(status) = child.try_wait()? {
-            return Err(io::Error::other(format!("{program} ended: {status}")));
+            // The log ends with the process; a panic of its thread would only lose the words.
+            let _ = log.map(JoinHandle::join);
+            let words = last_words.lock().unwrap_or_else(PoisonError::into_inner);
+            return Err(io::Error::other(format!(
+                "{program} ended with {status}: {words}"
+            )));
         }
         if Instant::now() >= deadline {
             // Nothing more can be done about a process that cannot be ended.
@@ -118,6 +131,31 @@ pub fn spawn(config: &PasstConfig) -> io::Result<Handle> {
         }
         std::thread::sleep(Duration::from_millis(10));
     }
+}
+
+/// Passes passt's messages on to the log and keeps the last one, until passt ends.
+fn follow_log(stderr: ChildStderr, last: Arc<Mutex<String>>) -> io::Result<JoinHandle<()>> {
+    const MAX_LINE: u64 = 1024;
+    std::thread::Builder::new()
+        .name("net-passt-log".into())
+        .spawn(move || {
+            let mut reader = BufReader::new(stderr);
+            let mut line = Vec::new();
+            loop {
+                line.clear();
+                match (&mut reader).take(MAX_LINE).read_until(b'\n', &mut line) {
+                    Ok(0) | Err(_) => return,
+                    Ok(_) => {}
+                }
+                let text = String::from_utf8_lossy(&line).trim().to_owned();
+                // passt complains about hosts without a system log with every message.
+                if text.is_empty() || text.ends_with("bytes to syslog") {
+                    continue;
+                }
+                log::info!("passt: {text}");
+                *last.lock().unwrap_or_else(PoisonError::into_inner) = text;
+            }
+        })
 }
 
 fn run(stream: UnixStream, child: Option<Child>) -> io::Result<Handle> {
@@ -358,6 +396,18 @@ mod tests {
     }
 
     use crate::driver::SendError;
+
+    #[test]
+    fn a_program_that_ends_is_quoted() {
+        let mut config = PasstConfig::new("/nonexistent/passt.sock");
+        config.program = PathBuf::from("ls");
+        let error = spawn(&config).unwrap_err().to_string();
+        assert!(
+            error.contains("ended with") && error.contains("ls"),
+            "{error}"
+        );
+        assert!(!error.contains('\n'));
+    }
 
     #[test]
     fn a_missing_program_is_explained() {

@@ -768,3 +768,7 @@ fn emit_header(header: &mut [u8], src: SocketAddrV4, dst: SocketAddrV4, repr: &T
         &ChecksumCapabilities::ignored(),
     );
 }
+
+#[cfg(test)]
+#[path = "conn_tests.rs"]
+mod tests;
