@@ -115,8 +115,18 @@ pub fn decode(mode: CodeSize, bytes: &[u8], rip: u64) -> Result<Instruction, boo
     match decoder.last_error() {
         DecoderError::None => Ok(insn),
         DecoderError::NoMoreBytes => Err(true),
+        _ if bytes.len() == MAX_INSN && too_long(bits, bytes) => Err(true),
         _ => decode_hint(bits, bytes, rip),
     }
+}
+
+/// Whether 15 bytes that are no instruction are the beginning of a longer one. Only redundant
+/// prefixes make one so long, so without its first byte it is incomplete, not invalid.
+#[cold]
+fn too_long(bits: u32, bytes: &[u8]) -> bool {
+    let mut decoder = Decoder::new(bits, &bytes[1..], DecoderOptions::NONE);
+    decoder.decode();
+    decoder.last_error() == DecoderError::NoMoreBytes
 }
 
 /// The hint-NOP opcodes that iced only knows when told to.

@@ -1,16 +1,18 @@
 //! Tests of the interpreter, on a fake environment and against the host CPU.
 
-mod control;
 mod arbitrary;
+mod by_hand;
+mod control;
 mod event;
 mod fake;
 mod hostile;
 mod machine;
 mod native;
 mod native_ops;
-mod random;
 mod paging;
+mod random;
 mod segment;
 mod setup;
+mod speed;
 mod task;
 mod transfer;
