@@ -63,6 +63,7 @@ impl VcpuEnv {
         shared: Arc<VcpuShared>,
         index: usize,
         timer: Box<dyn Timer>,
+        native: Box<dyn HostCpu + Send>,
         run: RunPage,
     ) -> Self {
         let cpuid = Cpuid::default();
@@ -90,7 +91,7 @@ impl VcpuEnv {
                 mp_state::UNINITIALIZED
             },
             guest_debug: 0,
-            native: vm.host.native_cpu(),
+            native,
             timer,
             armed_ns: None,
             tsc_offset: 0,

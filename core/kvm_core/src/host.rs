@@ -58,5 +58,6 @@ pub trait Host: Send + Sync {
     /// A timer that calls `expired` on a thread of the home's; `None`: out of resources.
     fn timer(&self, expired: Box<dyn Fn() + Send + Sync>) -> Option<Box<dyn Timer>>;
     /// The executor of single instructions for one vCPU; used by that vCPU's thread only.
-    fn native_cpu(&self) -> Box<dyn HostCpu + Send>;
+    /// `None`: out of resources.
+    fn native_cpu(&self) -> Option<Box<dyn HostCpu + Send>>;
 }

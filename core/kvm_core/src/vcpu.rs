@@ -10,6 +10,7 @@ use alloc::boxed::Box;
 use alloc::sync::Arc;
 use core::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use irqchip::{Lapic, LapicConfig};
+use x86emu::env::HostCpu;
 
 /// Requests: what other threads want from a vCPU. Each is a bit, set with [`VcpuShared::request`] and
 /// taken by the vCPU's thread.
@@ -166,11 +167,12 @@ impl Vcpu {
         index: usize,
         engine: Box<dyn EngineVcpu>,
         timer: Box<dyn Timer>,
+        native: Box<dyn HostCpu + Send>,
         run: RunPage,
     ) -> Self {
         let mut vcpu = Vcpu {
             engine,
-            env: VcpuEnv::new(vm, shared, index, timer, run),
+            env: VcpuEnv::new(vm, shared, index, timer, native, run),
         };
         vcpu.env.init_tsc(vcpu.engine.cpu());
         vcpu.publish();

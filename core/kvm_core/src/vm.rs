@@ -216,6 +216,7 @@ impl Vm {
             }
         })?;
         let waiter = self.host.waiter().ok_or(Errno::ENOMEM)?;
+        let native = self.host.native_cpu().ok_or(Errno::ENOMEM)?;
         let shared = Arc::new(VcpuShared::new(
             id,
             self.irqchip_in_kernel(),
@@ -244,7 +245,7 @@ impl Vm {
             *list = Arc::new(copy);
             list.len() - 1
         };
-        Ok(Vcpu::new(self.clone(), shared, index, engine, timer, run))
+        Ok(Vcpu::new(self.clone(), shared, index, engine, timer, native, run))
     }
 
     // Interrupts.

@@ -1,1 +1,24 @@
-//! See the crate description.
+//! AnyKVM inside a user process: a virtual machine monitor links this crate and gets KVM without
+//! `/dev/kvm`.
+//!
+//! [`System`], [`Vm`] and [`Vcpu`] have the methods, names and types (`kvm_bindings`) of `Kvm`, `VmFd`
+//! and `VcpuFd` of kvm-ioctls, so that a VMM can hold both behind an enum. Instead of signals there is
+//! [`Kicker`].
+//!
+//! One thread per VM serves irqfds and timers; vCPUs run on the threads that call [`Vcpu::run`].
+
+mod abi;
+mod events;
+mod exit;
+mod host;
+mod native;
+mod system;
+mod vcpu;
+mod vm;
+mod waiter;
+
+pub use exit::VcpuExit;
+pub use kvm_abi::Errno;
+pub use system::{EngineKind, System};
+pub use vcpu::{Kicker, Vcpu};
+pub use vm::{IoEventAddress, NoDatamatch, Vm};

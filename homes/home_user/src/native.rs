@@ -1,0 +1,340 @@
+//! Single guest instructions on the host CPU, from a process: the home's [`HostCpu`].
+//!
+//! Each instruction gets a stub in executable memory that loads the registers, executes it and stores
+//! them again; stubs are found by the instruction's bytes, so a program's few distinct encodings are
+//! written once. The memory is a memfd mapped twice, never writable and executable at one address.
+//!
+//! A fault inside a stub arrives as a signal. The handler recognises the address, puts the trap number
+//! into RAX and continues at the stub's second exit, which restores the host's registers.
+#![expect(
+    unsafe_code,
+    reason = "generates and calls machine code and handles its signals"
+)]
+
+use crate::events::last_errno;
+use crate::host::host_xcr0;
+use kvm_abi::Errno;
+use std::mem::MaybeUninit;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use x86emu::env::{HostCpu, NativeRegs};
+use x86emu::state::XsaveArea;
+
+/// Executable bytes per [`Native`].
+const REGION: usize = 1 << 20;
+/// No stub is longer.
+const STUB_MAX: usize = 384;
+const SLOTS: usize = 4096;
+/// Most vCPUs of a process.
+const MAX_REGIONS: usize = 4096;
+/// Start addresses of executable regions, for the signal handler.
+static REGIONS: [AtomicUsize; MAX_REGIONS] = [const { AtomicUsize::new(0) }; MAX_REGIONS];
+const MARK: u32 = 0x80;
+
+#[derive(Clone, Copy)]
+struct Slot {
+    key: u128,
+    offset: u32,
+}
+
+/// Executes single instructions on the host CPU.
+pub struct Native {
+    write: *mut u8,
+    exec: *const u8,
+    used: usize,
+    slots: Box<[Slot]>,
+    /// XCR0 components that are loaded and saved.
+    mask: u64,
+    region: usize,
+}
+
+// SAFETY: the mappings belong to this value alone and are not bound to a thread.
+unsafe impl Send for Native {}
+
+type Stub = unsafe extern "sysv64" fn(*mut NativeRegs, *mut XsaveArea, u64) -> u64;
+
+/// Bytes of code under construction.
+struct Asm {
+    buf: [u8; STUB_MAX],
+    len: usize,
+}
+
+impl Asm {
+    fn put(&mut self, bytes: &[u8]) {
+        self.buf[self.len..self.len + bytes.len()].copy_from_slice(bytes);
+        self.len += bytes.len();
+    }
+
+    /// `mov r, [rdi + 8 * r]` or the store.
+    fn gpr(&mut self, opcode: u8, r: u8) {
+        self.put(&[0x48 | (r >> 3) << 2, opcode, 0x47 | (r & 7) << 3, r * 8]);
+    }
+
+    /// Restores the host's FPU control state and callee-saved registers, returns RAX.
+    fn leave(&mut self, fpu: bool, avx: bool) {
+        if fpu {
+            self.put(&[0xdb, 0xe3]); // fninit
+            self.put(&[0xd9, 0x6c, 0x24, 4]); // fldcw [rsp+4]
+            self.put(&[0x0f, 0xae, 0x14, 0x24]); // ldmxcsr [rsp]
+            if avx {
+                self.put(&[0xc5, 0xf8, 0x77]); // vzeroupper
+            }
+        }
+        self.put(&[0x48, 0x83, 0xc4, 32]); // add rsp, 32
+        self.put(&[0x41, 0x5f, 0x41, 0x5e, 0x41, 0x5d, 0x41, 0x5c, 0x5b, 0x5d]);
+        self.put(&[0xc3]);
+    }
+}
+
+fn build(insn: &[u8], fpu: bool, avx: bool) -> Asm {
+    let mut a = Asm {
+        buf: [0; STUB_MAX],
+        len: 0,
+    };
+    a.put(&[0x55, 0x53, 0x41, 0x54, 0x41, 0x55, 0x41, 0x56, 0x41, 0x57]);
+    a.put(&[0x56, 0x52]); // push rsi; push rdx
+    a.put(&[0x48, 0x83, 0xec, 16]); // sub rsp, 16
+    if fpu {
+        a.put(&[0x0f, 0xae, 0x1c, 0x24]); // stmxcsr [rsp]
+        a.put(&[0xd9, 0x7c, 0x24, 4]); // fnstcw [rsp+4]
+    }
+    a.put(&[0x48, 0x8d, 0x0d]); // lea rcx, [fault exit]
+    let lea = a.len;
+    a.put(&[0; 4]);
+    a.put(&[0x51, 0x57]); // push rcx; push rdi
+    if fpu {
+        a.put(&[0x89, 0xd0, 0x48, 0xc1, 0xea, 32]); // mov eax, edx; shr rdx, 32
+        a.put(&[0x48, 0x0f, 0xae, 0x2e]); // xrstor64 [rsi]
+    }
+    a.put(&[0xff, 0xb7, 128, 0, 0, 0, 0x9d]); // push [rdi+128]; popfq
+    for r in [0, 1, 2, 3, 5, 6, 8, 9, 10, 11, 12, 13, 14, 15, 7] {
+        a.gpr(0x8b, r);
+    }
+    a.put(insn);
+    a.put(&[0x57]); // push rdi
+    a.put(&[0x48, 0x8b, 0x7c, 0x24, 8]); // mov rdi, [rsp+8]
+    for r in [0, 1, 2, 3, 5, 6, 8, 9, 10, 11, 12, 13, 14, 15] {
+        a.gpr(0x89, r);
+    }
+    a.put(&[0x8f, 0x47, 56]); // pop [rdi+56]
+    a.put(&[0x9c, 0x8f, 0x87, 128, 0, 0, 0]); // pushfq; pop [rdi+128]
+    a.put(&[0x48, 0x83, 0xc4, 16]); // add rsp, 16
+    if fpu {
+        a.put(&[0x48, 0x8b, 0x74, 0x24, 24]); // mov rsi, [rsp+24]
+        a.put(&[0x48, 0x8b, 0x44, 0x24, 16]); // mov rax, [rsp+16]
+        a.put(&[0x48, 0x89, 0xc2, 0x48, 0xc1, 0xea, 32]); // mov rdx, rax; shr rdx, 32
+        a.put(&[0x48, 0x0f, 0xae, 0x26]); // xsave64 [rsi]
+    }
+    a.put(&[0x31, 0xc0]); // xor eax, eax
+    a.leave(fpu, avx);
+    let exit = a.len;
+    a.put(&[0x48, 0x83, 0xc4, 16]); // add rsp, 16
+    if fpu {
+        // An unmasked SIMD exception leaves its flag in MXCSR.
+        a.put(&[0x3c, 19 | MARK as u8, 0x75, 9]); // cmp al, 19; jne +9
+        a.put(&[0x48, 0x8b, 0x74, 0x24, 24]); // mov rsi, [rsp+24]
+        a.put(&[0x0f, 0xae, 0x5e, 24]); // stmxcsr [rsi+24]
+    }
+    a.leave(fpu, avx);
+    let rel = (exit - lea - 4) as u32;
+    a.buf[lea..lea + 4].copy_from_slice(&rel.to_le_bytes());
+    a
+}
+
+extern "C" fn on_fault(sig: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    let context = context.cast::<libc::ucontext_t>();
+    // SAFETY: the kernel passes a valid context to a handler with SA_SIGINFO.
+    let gregs = unsafe { &mut (*context).uc_mcontext.gregs };
+    let rip = gregs[libc::REG_RIP as usize] as usize;
+    let ours = REGIONS.iter().any(|r| {
+        let start = r.load(Ordering::Relaxed);
+        start != 0 && rip.wrapping_sub(start) < REGION
+    });
+    if ours {
+        let rsp = gregs[libc::REG_RSP as usize] as usize;
+        // SAFETY: instructions in stubs do not touch RSP, and while one can fault the stack holds
+        // the register pointer and above it the address of the fault exit.
+        let exit = unsafe { *((rsp + 8) as *const usize) };
+        let vector = gregs[libc::REG_TRAPNO as usize] as u32 & 0x1f;
+        gregs[libc::REG_RAX as usize] = i64::from(vector | MARK);
+        gregs[libc::REG_RIP as usize] = exit as i64;
+        return;
+    }
+    chain(sig, info, context.cast());
+}
+
+/// Passes a signal that no stub raised on to the handler that was there before.
+fn chain(sig: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    let previous = SIGNALS
+        .iter()
+        .position(|&s| s == sig)
+        .and_then(|i| PREVIOUS[i].get());
+    match previous {
+        Some(action)
+            if action.sa_sigaction != libc::SIG_DFL && action.sa_sigaction != libc::SIG_IGN =>
+        {
+            // SAFETY: the action was installed for this signal, and its flags say which signature
+            // the handler has.
+            unsafe {
+                if action.sa_flags & libc::SA_SIGINFO != 0 {
+                    let handler: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) =
+                        core::mem::transmute(action.sa_sigaction);
+                    handler(sig, info, context);
+                } else {
+                    let handler: extern "C" fn(i32) = core::mem::transmute(action.sa_sigaction);
+                    handler(sig);
+                }
+            }
+        }
+        // The default action happens when the instruction is executed again.
+        // SAFETY: a zeroed sigaction is SIG_DFL with an empty mask.
+        _ => unsafe {
+            let default: libc::sigaction = core::mem::zeroed();
+            libc::sigaction(sig, &default, core::ptr::null_mut());
+        },
+    }
+}
+
+const SIGNALS: [i32; 4] = [libc::SIGFPE, libc::SIGILL, libc::SIGSEGV, libc::SIGBUS];
+/// The handlers that were there before, in the order of [`SIGNALS`].
+static PREVIOUS: [OnceLock<libc::sigaction>; 4] = [const { OnceLock::new() }; 4];
+
+fn install() {
+    for (sig, previous) in SIGNALS.into_iter().zip(&PREVIOUS) {
+        previous.get_or_init(|| {
+            let mut old = MaybeUninit::<libc::sigaction>::zeroed();
+            // SAFETY: the structures are initialised and the handler has the SA_SIGINFO signature.
+            unsafe {
+                let mut action: libc::sigaction = core::mem::zeroed();
+                action.sa_sigaction = on_fault as *const () as usize;
+                action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
+                libc::sigaction(sig, &action, old.as_mut_ptr());
+                old.assume_init()
+            }
+        });
+    }
+}
+
+impl Native {
+    /// Maps the code memory and installs the signal handlers.
+    ///
+    /// # Errors
+    /// What the system calls say; ENOSPC when the process has too many already.
+    pub fn new() -> Result<Self, Errno> {
+        install();
+        let (write, exec) = map_code()?;
+        let region = REGIONS.iter().position(|r| {
+            r.compare_exchange(0, exec as usize, Ordering::SeqCst, Ordering::SeqCst)
+                .is_ok()
+        });
+        let native = Native {
+            write,
+            exec,
+            used: 0,
+            slots: vec![Slot { key: 0, offset: 0 }; SLOTS].into_boxed_slice(),
+            mask: host_xcr0() & 0xe7,
+            region: region.unwrap_or(MAX_REGIONS),
+        };
+        region.ok_or(Errno::ENOSPC)?;
+        Ok(native)
+    }
+
+    fn stub(&mut self, insn: &[u8], fpu: bool) -> Stub {
+        let mut bytes = [0u8; 16];
+        bytes[..insn.len()].copy_from_slice(insn);
+        bytes[15] = insn.len() as u8 | u8::from(fpu) << 7;
+        let key = u128::from_le_bytes(bytes);
+        let folded = (key as u64) ^ (key >> 64) as u64;
+        let slot = (folded.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52) as usize % SLOTS;
+        let found = self.slots[slot];
+        let offset = if found.key == key {
+            found.offset as usize
+        } else {
+            if self.used + STUB_MAX > REGION {
+                self.used = 0;
+                self.slots.fill(Slot { key: 0, offset: 0 });
+            }
+            let code = build(insn, fpu, self.mask & 4 != 0);
+            let offset = self.used;
+            // SAFETY: `offset + code.len` stays inside the writable mapping (checked above).
+            unsafe {
+                core::ptr::copy_nonoverlapping(code.buf.as_ptr(), self.write.add(offset), code.len);
+            }
+            self.used += (code.len + 15) & !15;
+            self.slots[slot] = Slot {
+                key,
+                offset: offset as u32,
+            };
+            offset
+        };
+        // SAFETY: the address holds a complete stub of this signature.
+        unsafe { core::mem::transmute::<*const u8, Stub>(self.exec.add(offset)) }
+    }
+}
+
+/// Maps [`REGION`] bytes twice, writable and executable.
+fn map_code() -> Result<(*mut u8, *const u8), Errno> {
+    // SAFETY: plain system calls on a descriptor made here; the results are checked.
+    unsafe {
+        let fd = libc::memfd_create(c"anykvm-native".as_ptr(), libc::MFD_CLOEXEC);
+        if fd < 0 {
+            return Err(last_errno());
+        }
+        let map = |prot| libc::mmap(core::ptr::null_mut(), REGION, prot, libc::MAP_SHARED, fd, 0);
+        let mut result = Err(Errno::ENOMEM);
+        if libc::ftruncate(fd, REGION as libc::off_t) == 0 {
+            let write = map(libc::PROT_READ | libc::PROT_WRITE);
+            let exec = map(libc::PROT_READ | libc::PROT_EXEC);
+            if write == libc::MAP_FAILED || exec == libc::MAP_FAILED {
+                result = Err(last_errno());
+                for mapping in [write, exec] {
+                    if mapping != libc::MAP_FAILED {
+                        libc::munmap(mapping, REGION);
+                    }
+                }
+            } else {
+                result = Ok((write.cast::<u8>(), exec.cast::<u8>().cast_const()));
+            }
+        }
+        libc::close(fd);
+        result
+    }
+}
+
+impl Drop for Native {
+    fn drop(&mut self) {
+        if let Some(region) = REGIONS.get(self.region) {
+            region.store(0, Ordering::SeqCst);
+        }
+        // SAFETY: both mappings were made by `new` and no stub runs any more.
+        unsafe {
+            libc::munmap(self.write.cast(), REGION);
+            libc::munmap(self.exec.cast_mut().cast(), REGION);
+        }
+    }
+}
+
+impl HostCpu for Native {
+    fn native(
+        &mut self,
+        insn: &[u8],
+        regs: &mut NativeRegs,
+        fpu: Option<&mut XsaveArea>,
+    ) -> Result<(), u8> {
+        if insn.len() > 15 {
+            return Err(6);
+        }
+        let stub = self.stub(insn, fpu.is_some());
+        let mask = self.mask;
+        regs.rflags = regs.rflags & 0x8d5 | 2;
+        let area = fpu.map_or(core::ptr::null_mut(), core::ptr::from_mut);
+        // SAFETY: the stub keeps the host's registers and stack; the instruction in it obeys the
+        // contract of `HostCpu::native`.
+        let result = unsafe { stub(regs, area, mask) };
+        regs.rflags &= 0x8d5;
+        match result as u32 {
+            0 => Ok(()),
+            v => Err((v & 0x1f) as u8),
+        }
+    }
+}
