@@ -119,8 +119,6 @@ fn work_out(insn: &Instruction) -> u16 {
     // An opmask makes accesses conditional; the opcode's own access is wanted.
     let mut plain = *insn;
     plain.set_op_mask(Register::None);
-    let mut factory = InstructionInfoFactory::new();
-    let info = factory.info(&plain);
     let memory = code.op_code().op_kinds().iter().position(|k| {
         use iced_x86::OpCodeOperandKind as K;
         matches!(
@@ -151,7 +149,11 @@ fn work_out(insn: &Instruction) -> u16 {
         )
     });
     if let Some(n) = memory {
-        let (r, w) = match info.op_access(n as u32) {
+        // With two equal registers iced sees that XOR and SUB read nothing.
+        plain.set_op_kind(n as u32, OpKind::Memory);
+        plain.set_memory_base(Register::RAX);
+        let mut factory = InstructionInfoFactory::new();
+        let (r, w) = match factory.info(&plain).op_access(n as u32) {
             OpAccess::Read | OpAccess::CondRead => (true, false),
             OpAccess::Write | OpAccess::CondWrite => (false, true),
             OpAccess::ReadWrite | OpAccess::ReadCondWrite => (true, true),

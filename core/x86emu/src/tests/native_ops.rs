@@ -404,20 +404,20 @@ fn sweep(place: Place, seed: u64, rounds: usize) {
 
 #[test]
 fn registers() {
-    sweep(Place::Registers, 1, 24);
+    sweep(Place::Registers, 1, 16);
 }
 
 #[test]
 fn memory_in_a_page() {
-    sweep(Place::Page, 2, 24);
+    sweep(Place::Page, 2, 16);
 }
 
 #[test]
 fn memory_across_pages() {
-    sweep(Place::Crossing, 3, 16);
+    sweep(Place::Crossing, 3, 10);
 }
 
 #[test]
 fn devices() {
-    sweep(Place::Device, 4, 8);
+    sweep(Place::Device, 4, 6);
 }
