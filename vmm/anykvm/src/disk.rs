@@ -1,46 +1,24 @@
-//! The user's disks: looked at before the machine starts, so that a wrong name, a wrong format or
-//! an image that another machine uses is told in words and nothing is lost.
+//! The user's disks: looked at before anything is started or downloaded, so that a wrong name, a
+//! wrong format or an image that another machine uses is told in words and nothing is lost.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
-use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
+use vmm::virtio::disk::{DiskConfig, DiskFormat as Format, DiskImage};
 
-use crate::error::{Error, reason};
+use crate::error::{Error, one_line_of, reason};
 use crate::options::{DiskFormat, DiskSpec};
 
-/// A disk that was found usable. It keeps the image locked while it lives.
-#[derive(Debug)]
-pub struct Disk {
-    /// What the user asked for.
-    pub spec: DiskSpec,
-    /// Given or found out.
-    pub format: DiskFormat,
-    _locked: File,
-}
-
-/// QEMU's image locks (QEMU, "Image locking"): one byte per permission at 100 that its holder uses,
-/// one at 200 that its holder denies others. The same bytes are used here, so that neither program
-/// opens what the other writes.
-mod lock_bytes {
-    pub const USED: i64 = 100;
-    pub const DENIED: i64 = 200;
-    pub const END: i64 = 300;
-    pub const CONSISTENT_READ: i64 = 0;
-    pub const WRITE: i64 = 1;
-}
-
-/// Opens and locks a disk.
+/// Finds out whether a disk can be used and how.
 ///
 /// # Errors
 /// If it is missing, may not be used, is in use, or is not what the user says it is.
-pub fn open(spec: &DiskSpec) -> Result<Disk, Error> {
+pub fn check(spec: &DiskSpec) -> Result<DiskConfig, Error> {
     let name = spec.path.display();
     let file = open_file(spec)?;
-    lock(&file, spec)?;
     let format = match (spec.format, qcow2(&file)) {
         (Some(DiskFormat::Qcow2), None) => {
             return Err(Error::new(format!("the disk {name} is not a qcow2 image"))
@@ -48,24 +26,35 @@ pub fn open(spec: &DiskSpec) -> Result<Disk, Error> {
         }
         // What a guest writes to a raw disk may look like a qcow2 image that names any file of the
         // host as its base. Nothing but the user's word makes such an image be followed.
-        (None, Some(Qcow2 { refers: true })) => {
+        (None, Some(Qcow2 { refers: true })) if !has_extension(&spec.path) => {
             return Err(Error::new(format!(
                 "the disk {name} is a qcow2 image that takes data from another file"
             ))
-            .hint("if you made it so, say ',format=qcow2'"));
+            .hint("if you made it so, say ',format=qcow2' or name it *.qcow2"));
         }
-        (Some(format), _) => format,
-        (None, Some(_)) => DiskFormat::Qcow2,
-        (None, None) => DiskFormat::Raw,
+        (Some(DiskFormat::Raw), _) | (None, None) => Format::Raw,
+        (Some(DiskFormat::Qcow2), _) => Format::Qcow2,
+        (None, Some(_)) => Format::Auto,
     };
-    if format == DiskFormat::Raw {
+    if format == Format::Raw {
         check_raw(&file, spec)?;
     }
-    Ok(Disk {
-        spec: spec.clone(),
+    if spec.read_only && is_written_by_qemu(&file) {
+        return Err(in_use(&spec.path));
+    }
+    // The machine opens the file itself; a block device would be busy with this one.
+    drop(file);
+    let config = DiskConfig {
         format,
-        _locked: file,
-    })
+        read_only: spec.read_only,
+        ..DiskConfig::new(&spec.path)
+    };
+    // Locks and reads the image for a moment, to tell now what the machine would tell later.
+    match DiskImage::open(&config) {
+        Ok(_) => Ok(config),
+        Err(vmm::virtio::disk::Error::InUse { .. }) => Err(in_use(&spec.path)),
+        Err(e) => Err(Error::new(one_line_of(&e))),
+    }
 }
 
 fn open_file(spec: &DiskSpec) -> Result<File, Error> {
@@ -107,52 +96,25 @@ fn in_use(path: &Path) -> Error {
     )
 }
 
-/// Takes QEMU's locks by open file description: they end with the file, however the process ends.
-fn lock(file: &File, spec: &DiskSpec) -> Result<(), Error> {
-    use lock_bytes::{CONSISTENT_READ, DENIED, END, USED, WRITE};
-    let locked = if spec.read_only {
-        // Others may read too; nobody may write, and nobody is writing.
-        set_lock(file, nix::libc::F_RDLCK, USED + CONSISTENT_READ, 1)
-            .and_then(|()| set_lock(file, nix::libc::F_RDLCK, DENIED + WRITE, 1))
-            .and_then(|()| is_free(file, USED + WRITE))
-    } else {
-        set_lock(file, nix::libc::F_WRLCK, USED, END - USED)
-    };
-    match locked {
-        Ok(()) => Ok(()),
-        Err(Errno::EAGAIN | Errno::EACCES) => Err(in_use(&spec.path)),
-        Err(e) => {
-            // Some network file systems have no locks; QEMU goes on there as well.
-            log::warn!("cannot lock the disk {}: {}", spec.path.display(), e.desc());
-            Ok(())
-        }
-    }
-}
-
-fn range(kind: i32, start: i64, length: i64) -> nix::libc::flock {
-    nix::libc::flock {
-        l_type: kind as i16,
+/// A reader's lock does not meet the one by which QEMU says that it writes to an image: a shared
+/// lock on byte 101 (QEMU, "Image locking").
+fn is_written_by_qemu(file: &File) -> bool {
+    let mut asked = nix::libc::flock {
+        l_type: nix::libc::F_WRLCK as i16,
         l_whence: nix::libc::SEEK_SET as i16,
-        l_start: start,
-        l_len: length,
+        l_start: 101,
+        l_len: 1,
         l_pid: 0,
-    }
+    };
+    // Asks who would be in the way of a lock that this file, open for reading, could not have.
+    fcntl(file, FcntlArg::F_OFD_GETLK(&mut asked)).is_ok()
+        && i32::from(asked.l_type) != nix::libc::F_UNLCK
 }
 
-fn set_lock(file: &File, kind: i32, start: i64, length: i64) -> nix::Result<()> {
-    fcntl(file, FcntlArg::F_OFD_SETLK(&range(kind, start, length))).map(drop)
-}
-
-/// Whether no other holder has locked a byte.
-fn is_free(file: &File, start: i64) -> nix::Result<()> {
-    let mut asked = range(nix::libc::F_WRLCK, start, 1);
-    // A read-only file cannot take a write lock, but may ask for one's conflicts.
-    fcntl(file, FcntlArg::F_OFD_GETLK(&mut asked))?;
-    if i32::from(asked.l_type) == nix::libc::F_UNLCK {
-        Ok(())
-    } else {
-        Err(Errno::EAGAIN)
-    }
+/// A guest cannot change its disk's name, so that the name is the user's word.
+fn has_extension(path: &Path) -> bool {
+    path.extension()
+        .is_some_and(|e| e.eq_ignore_ascii_case("qcow2"))
 }
 
 /// What matters here of a qcow2 header (QEMU, "qcow2 image file format").
@@ -234,54 +196,53 @@ mod tests {
     }
 
     #[test]
-    fn one_writer_or_many_readers() {
+    fn a_disk_that_is_open_elsewhere_is_in_use() {
         let file = image(&[0; 1024]);
         let writable = spec(file.path());
         let read_only = DiskSpec {
             read_only: true,
             ..writable.clone()
         };
-        let writer = open(&writable).unwrap();
+        let writer = DiskImage::open(&check(&writable).unwrap()).unwrap();
         for other in [&writable, &read_only] {
-            let message = open(other).unwrap_err().to_string();
+            let message = check(other).unwrap_err().to_string();
             assert!(message.contains("is in use"), "{message}");
         }
         drop(writer);
-        let readers = [open(&read_only).unwrap(), open(&read_only).unwrap()];
-        assert!(open(&writable).is_err());
-        drop(readers);
-        assert!(open(&writable).is_ok());
+        let _reader = DiskImage::open(&check(&read_only).unwrap()).unwrap();
+        assert!(check(&read_only).is_ok());
+        assert!(check(&writable).is_err());
     }
 
     #[test]
     fn formats_are_found_out_but_references_are_not_followed_unasked() {
-        assert_eq!(
-            open(&spec(image(&[0; 512]).path())).unwrap().format,
-            DiskFormat::Raw
+        let raw = image(&[0; 512]);
+        assert_eq!(check(&spec(raw.path())).unwrap().format, Format::Raw);
+        let said = DiskSpec {
+            format: Some(DiskFormat::Qcow2),
+            ..spec(raw.path())
+        };
+        assert!(
+            check(&said)
+                .unwrap_err()
+                .to_string()
+                .contains("not a qcow2")
         );
-        let plain = image(&header());
-        assert_eq!(open(&spec(plain.path())).unwrap().format, DiskFormat::Qcow2);
         for byte in [15, 79] {
             let mut bytes = header();
             bytes[byte] = 4;
             let referring = image(&bytes);
-            assert!(open(&spec(referring.path())).is_err());
+            let message = check(&spec(referring.path())).unwrap_err().to_string();
+            assert!(
+                message.contains("takes data from another file"),
+                "{message}"
+            );
             let said = DiskSpec {
-                format: Some(DiskFormat::Qcow2),
-                ..spec(referring.path())
-            };
-            assert!(open(&said).is_ok());
-            let raw = DiskSpec {
                 format: Some(DiskFormat::Raw),
                 ..spec(referring.path())
             };
-            assert_eq!(open(&raw).unwrap().format, DiskFormat::Raw);
+            assert_eq!(check(&said).unwrap().format, Format::Raw);
         }
-        let not = DiskSpec {
-            format: Some(DiskFormat::Qcow2),
-            ..spec(image(&[0; 512]).path())
-        };
-        assert!(open(&not).is_err());
     }
 
     #[test]
@@ -294,7 +255,7 @@ mod tests {
             (empty.path(), "is empty"),
             (odd.path(), "700 bytes"),
         ] {
-            let message = open(&spec(path)).unwrap_err().to_string();
+            let message = check(&spec(path)).unwrap_err().to_string();
             assert!(message.contains(part), "{message}");
         }
     }

@@ -84,6 +84,17 @@ impl<T> IoContext<T> for std::io::Result<T> {
     }
 }
 
+/// What a lower layer says, without the "(os error N)" that may be anywhere in it.
+pub(crate) fn one_line_of(error: &dyn std::error::Error) -> String {
+    let text = error.to_string();
+    let mut parts = text.split(" (os error ");
+    let first = parts.next().unwrap_or_default().to_owned();
+    parts.fold(first, |text, part| {
+        let rest = part.split_once(')').map_or("", |(_, rest)| rest);
+        text + rest
+    })
+}
+
 /// The operating system's reason without the "(os error N)" that means nothing to most readers.
 pub(crate) fn reason(error: &std::io::Error) -> String {
     let text = error.to_string();
@@ -101,6 +112,12 @@ mod tests {
     fn stays_on_one_line_whatever_the_parts_hold() {
         let error = Error::new("a\nb\x1b[31m\r\n  c").hint("do\nthis");
         assert_eq!(error.to_string(), "a b [31m c; do this");
+    }
+
+    #[test]
+    fn os_errors_inside_a_text_lose_their_number() {
+        let error = Error::new("cannot read k: Is a directory (os error 21) (try x)");
+        assert_eq!(one_line_of(&error), "cannot read k: Is a directory (try x)");
     }
 
     #[test]

@@ -37,6 +37,12 @@ pub fn restore() {
     }
 }
 
+/// The rows and columns of the terminal that standard input is.
+pub fn size() -> Option<(u16, u16)> {
+    let (columns, rows) = terminal_size::terminal_size_of(io::stdin())?;
+    Some((rows.0, columns.0))
+}
+
 fn make_raw() -> nix::Result<()> {
     let mut saved = saved();
     if saved.is_some() {

@@ -58,7 +58,7 @@ fn bad_input_is_one_clear_line() {
     let odd = file("odd.img", &[0; 1000]);
     let not_qcow2 = format!("{},format=qcow2", file("disk.img", &[0; 1024]));
     let backed = file(
-        "backed.qcow2",
+        "backed.img",
         &[b"QFI\xfb\0\0\0\x03".as_slice(), &[1; 504]].concat(),
     );
     let gone = directory.path().join("gone").to_str().unwrap().to_owned();
@@ -105,7 +105,11 @@ fn bad_input_is_one_clear_line() {
         ),
         (&["run", "--disk", "x,rw"], 2, "'rw' is not known"),
         (&["run", "--publish", "80"], 2, "for example 8080:80"),
-        (&["run", "--publish", "0.0.0:1:2"], 2, "must be an IPv4 address"),
+        (
+            &["run", "--publish", "0.0.0:1:2"],
+            2,
+            "must be an IPv4 address",
+        ),
         (
             &["run", "--publish", "70000:80"],
             2,

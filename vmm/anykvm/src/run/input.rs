@@ -31,6 +31,11 @@ impl Gate {
         self.opened.notify_all();
     }
 
+    /// Whether it was opened.
+    pub fn is_open(&self) -> bool {
+        *self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn wait(&self) {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         while !*open {

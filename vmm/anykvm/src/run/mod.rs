@@ -3,12 +3,14 @@
 
 mod control;
 mod input;
+mod net;
 mod output;
 mod plan;
 
 use std::ffi::OsString;
-use std::io::{self, IsTerminal};
-use std::os::fd::OwnedFd;
+use std::fs::File;
+use std::io::{self, IsTerminal, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::process;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -18,17 +20,21 @@ use std::time::Duration;
 
 use vmm::boot::{Blob, Payload};
 use vmm::channel::ByteChannel;
-use vmm::machine::{Machine, MachineConfig, MachineHandle, Outcome};
+use vmm::machine::{CONTROL_PORT, Machine, MachineConfig, MachineHandle, Outcome};
+use vmm::virtio::console::ConsolePort;
+use vmm::virtio::disk::{DiskConfig, DiskFormat};
 
 use crate::check::{self, facts::Facts};
 use crate::cli::{Console, RunArgs};
-use crate::error::{EXIT_FAILED, Error, IoContext};
+use crate::error::{EXIT_FAILED, Error, IoContext, one_line_of};
 use crate::guest::initramfs::{Start, Streams};
 use crate::guest::{Cache, Guest};
 use crate::progress::Progress;
+use crate::scratch;
 use crate::terminal::{self, Input, Key, RawMode};
 use control::Reports;
 use input::{AtEnd, Gate};
+use net::Network;
 use output::Output;
 
 /// How long a machine that was told to stop may take before the process ends without it.
@@ -51,8 +57,8 @@ pub fn run(args: &RunArgs) -> Result<u8, Error> {
         Some(_) => None,
         None => Some(Cache::of_user()?.guest(&Progress::new())?),
     };
-    let session = Session::start(args, &plan, guest, &end)?;
-    session.run(&end)
+    let network = net::start(args)?;
+    Session::start(args, plan, guest, network, &end)?.run(&end)
 }
 
 /// Ends the run from other threads: signals, keys, a reader that left.
@@ -105,30 +111,149 @@ impl End {
     }
 }
 
+/// Names of the virtio ports that carry a command's streams.
+const STDIN_PORT: &str = "org.anykvm.stdin";
+const STDOUT_PORT: &str = "org.anykvm.stdout";
+const STDERR_PORT: &str = "org.anykvm.stderr";
+
+/// Who talks to whom.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wiring {
+    /// The guest's console is on this process's standard input and output. So it is for a shell,
+    /// for the user's own kernel, and for a command that was started from a terminal.
+    Console,
+    /// A command's three streams are this process's, each by a port of its own.
+    Streams,
+}
+
 /// All that a run needs beside the machine, which a reset builds again.
 struct Session {
     config: MachineConfig,
     outputs: Vec<Output>,
+    /// The guest's reports, if it is the default guest.
     reports: Option<JoinHandle<Reports>>,
-    raw_mode: Option<RawMode>,
-    default_guest: bool,
+    gate: Arc<Gate>,
     command: bool,
+    raw_mode: Option<RawMode>,
+    /// What the machine uses by way of the configuration.
+    _scratch: Option<File>,
+    _network: Option<Network>,
 }
 
 impl Session {
     fn start(
         args: &RunArgs,
-        plan: &plan::Plan,
+        plan: plan::Plan,
         guest: Option<Guest>,
+        network: Option<Network>,
         end: &Arc<End>,
     ) -> Result<Self, Error> {
-        let input = Input::of_process();
-        let on_terminal = input == Input::Terminal && io::stdout().is_terminal();
         let default_guest = guest.is_some();
         let command = !args.command.is_empty();
-        let gate = Arc::new(Gate::default());
-        gate.open();
+        let input = Input::of_process();
+        let on_terminal = input == Input::Terminal && io::stdout().is_terminal();
+        let wiring = match command && !on_terminal {
+            true => Wiring::Streams,
+            false => Wiring::Console,
+        };
 
+        let engine = match plan.engine.engine {
+            check::Engine::Jit => vmm::hypervisor::Engine::Jit,
+            check::Engine::Kvm => vmm::hypervisor::Engine::Kvm,
+        };
+        let mut disks = plan.disks;
+        let mut scratch = None;
+        if default_guest && disks.is_empty() {
+            let file = scratch::create()?;
+            disks.push(DiskConfig {
+                format: DiskFormat::Raw,
+                serial: "scratch".into(),
+                // The file has no name of its own.
+                ..DiskConfig::new(format!("/proc/self/fd/{}", file.as_raw_fd()))
+            });
+            scratch = Some(file);
+        }
+        let payload = match guest {
+            None => Payload {
+                // Without --kernel there is a default guest.
+                kernel: Blob::Path(args.kernel.clone().unwrap_or_default()),
+                initrd: args.initrd.iter().cloned().map(Blob::Path).collect(),
+                cmdline: args.append.clone(),
+            },
+            Some(guest) => {
+                let start = Start {
+                    console: console_device(args.console).to_owned(),
+                    control: Some(format!("port:{CONTROL_PORT}")),
+                    scratch: scratch.is_some().then(|| "/dev/vda".to_owned()),
+                    network: network.is_some(),
+                    term: term(),
+                    size: on_terminal.then(terminal::size).flatten(),
+                    command: args.command.clone(),
+                    streams: (wiring == Wiring::Streams).then(streams),
+                };
+                default_payload(guest, &start, &args.append, plan.engine.engine)
+            }
+        };
+
+        let mut session = Self {
+            config: MachineConfig {
+                cpus: args.cpus,
+                memory: args.memory.bytes(),
+                disks,
+                nets: network.iter().map(|network| network.card.clone()).collect(),
+                ..MachineConfig::new(engine, payload)
+            },
+            outputs: Vec::new(),
+            reports: None,
+            gate: Arc::default(),
+            command,
+            raw_mode: None,
+            _scratch: scratch,
+            _network: network,
+        };
+        if default_guest {
+            session.connect_control()?;
+        } else {
+            session.gate.open();
+        }
+        match wiring {
+            Wiring::Console => session.connect_console(args.console, input, default_guest, end)?,
+            Wiring::Streams => session.connect_streams(input, end)?,
+        }
+        Ok(session)
+    }
+
+    fn connect_control(&mut self) -> Result<(), Error> {
+        let failed = |e: io::Error| Error::new(format!("cannot talk to the guest: {e}"));
+        let (from, device) = io::pipe().map_err(failed)?;
+        self.reports = Some(control::start(from, Arc::clone(&self.gate)).map_err(failed)?);
+        self.config.control = Some(ByteChannel::output_only(device.into()));
+        Ok(())
+    }
+
+    /// A channel for the guest's output to one of this process's streams.
+    fn output(
+        &mut self,
+        to: impl Write + Send + 'static,
+        end: &Arc<End>,
+    ) -> Result<OwnedFd, Error> {
+        let end = Arc::clone(end);
+        let (device, output) = Output::start(to, move || end.by_user())?;
+        self.outputs.push(output);
+        Ok(device)
+    }
+
+    fn connect_console(
+        &mut self,
+        console: Console,
+        input: Input,
+        default_guest: bool,
+        end: &Arc<End>,
+    ) -> Result<(), Error> {
+        let out = self.output(io::stdout(), end)?;
+        if input == Input::Terminal {
+            self.raw_mode = Some(RawMode::start()?);
+        }
         let on_key = {
             let end = Arc::clone(end);
             move |key| match key {
@@ -136,49 +261,72 @@ impl Session {
                 Key::Help => eprint!("\r\n{}", terminal::KEYS),
             }
         };
-        let at_end = if default_guest {
-            AtEnd::CtrlD
-        } else {
-            AtEnd::Silence
+        let at_end = match default_guest {
+            true => AtEnd::CtrlD,
+            false => AtEnd::Silence,
         };
-        let on_gone = {
-            let end = Arc::clone(end);
-            move || end.by_user()
+        let channel = ByteChannel {
+            input: input::start(input, Arc::clone(&self.gate), at_end, on_key)?.map(Arc::new),
+            output: Some(Arc::new(out)),
         };
-        let (console_out, output) = Output::start(io::stdout(), on_gone)?;
-        let raw_mode = (input == Input::Terminal)
-            .then(RawMode::start)
-            .transpose()?;
-        let console_in = input::start(input, gate, at_end, on_key)?;
-        let _ = on_terminal;
+        match console {
+            Console::Serial => self.config.serial = channel,
+            Console::Virtio => {
+                self.config.console = Some(channel);
+                // What the kernel says before that console is there, or in a panic.
+                let out = self.output(io::stderr(), end)?;
+                self.config.serial = ByteChannel::output_only(out);
+            }
+        }
+        Ok(())
+    }
 
-        let config = MachineConfig {
-            engine: match plan.engine.engine {
-                check::Engine::Jit => vmm::hypervisor::Engine::Jit,
-                check::Engine::Kvm => vmm::hypervisor::Engine::Kvm,
-            },
-            payload: payload(args, plan, guest),
-            cpus: args.cpus,
-            memory: args.memory.bytes(),
-            serial: channel(console_in, Some(console_out)),
+    fn connect_streams(&mut self, input: Input, end: &Arc<End>) -> Result<(), Error> {
+        // A terminal is read line by line here, and its keys are its own.
+        let input = match input {
+            Input::Terminal => Input::Stream,
+            other => other,
         };
-        Ok(Self {
-            config,
-            outputs: vec![output],
-            reports: None,
-            raw_mode,
-            default_guest,
-            command,
-        })
+        let input = match input::start(input, Arc::clone(&self.gate), AtEnd::Silence, |_| {})? {
+            Some(input) => input,
+            // What reads as ended, or a command that reads its input would wait without end.
+            None => File::open("/dev/null")
+                .doing("cannot open /dev/null")?
+                .into(),
+        };
+        let out = self.output(io::stdout(), end)?;
+        let error = self.output(io::stderr(), end)?;
+        let messages = self.output(io::stderr(), end)?;
+        self.config.serial = ByteChannel::output_only(messages);
+        let ports = [
+            (
+                STDIN_PORT,
+                ByteChannel {
+                    input: Some(Arc::new(input)),
+                    output: None,
+                },
+            ),
+            (STDOUT_PORT, ByteChannel::output_only(out)),
+            (STDERR_PORT, ByteChannel::output_only(error)),
+        ];
+        self.config.ports = ports
+            .map(|(name, channel)| ConsolePort {
+                name: Some(name.to_owned()),
+                channel,
+            })
+            .into();
+        Ok(())
     }
 
     fn run(mut self, end: &End) -> Result<u8, Error> {
         let outcome = loop {
-            let machine = Machine::build(&self.config).map_err(machine_error)?;
+            let machine = Machine::build(&self.config).map_err(|e| machine_error(&e))?;
             end.controls(machine.handle());
-            let outcome = machine.run().map_err(machine_error)?;
+            let outcome = machine.run().map_err(|e| machine_error(&e))?;
             log::info!("the run ended: {outcome:?}");
-            if !matches!(outcome, Outcome::Reset) || self.command {
+            // A default guest that restarts before its shell is there has panicked, and would do so
+            // again and again.
+            if !matches!(outcome, Outcome::Reset) || self.command || !self.gate.is_open() {
                 break outcome;
             }
         };
@@ -186,67 +334,67 @@ impl Session {
         drop(self.config);
         self.outputs.drain(..).for_each(Output::finish);
         drop(self.raw_mode.take());
-        let reports = match self.reports.take() {
-            Some(thread) => thread.join().unwrap_or_default(),
-            None => Reports::default(),
-        };
+        let reports = self
+            .reports
+            .take()
+            .map(|thread| thread.join().unwrap_or_default());
         let signal = end.signal.load(Ordering::SeqCst);
         if signal != 0 {
             return Ok(u8::try_from(128 + signal).unwrap_or(EXIT_FAILED));
         }
-        exit_code(&outcome, &reports, self.default_guest, self.command)
+        exit_code(&outcome, reports.as_ref(), self.command)
     }
 }
 
 /// What the end of a machine means for whoever started it.
-fn exit_code(
-    outcome: &Outcome,
-    reports: &Reports,
-    default_guest: bool,
-    command: bool,
-) -> Result<u8, Error> {
-    if let Some(failure) = &reports.failure {
+///
+/// `reports` is there for the default guest.
+fn exit_code(outcome: &Outcome, reports: Option<&Reports>, command: bool) -> Result<u8, Error> {
+    let code = reports.and_then(|reports| reports.exit_code);
+    if let Some(failure) = reports.and_then(|reports| reports.failure.as_deref()) {
         return Err(Error::new(format!(
             "the guest could not start the command: {failure}"
         )));
     }
-    match (outcome, reports.exit_code) {
-        (Outcome::Crashed(crash), _) => {
+    match outcome {
+        Outcome::Crashed(crash) => {
             for line in crash.registers.lines() {
                 log::info!("{line}");
             }
             Err(Error::new(crash.to_string()).hint("'--log info' shows the registers"))
         }
-        (Outcome::PowerOff, Some(code)) => Ok(code),
-        (Outcome::Stopped, _) => Ok(if command { EXIT_QUIT } else { 0 }),
-        (Outcome::PowerOff, None) if command => {
-            Err(Error::new("the guest powered off before the command ended"))
-        }
-        (Outcome::Reset, _) if default_guest => {
-            Err(Error::new("the guest restarted before the command ended"))
-        }
-        (Outcome::PowerOff | Outcome::Reset, _) => Ok(0),
+        Outcome::Stopped => Ok(if command { EXIT_QUIT } else { 0 }),
+        Outcome::PowerOff => match (code, reports) {
+            (Some(code), _) => Ok(code),
+            (None, Some(_)) if command => {
+                Err(Error::new("the guest powered off before the command ended"))
+            }
+            _ => Ok(0),
+        },
+        Outcome::Reset => match reports {
+            Some(reports) if !reports.ready => Err(Error::new(
+                "the guest's kernel gave up before the guest was ready",
+            )
+            .hint("'--append loglevel=7' shows its messages")),
+            Some(_) => Err(Error::new("the guest restarted before the command ended")),
+            None => Ok(0),
+        },
     }
 }
 
-fn payload(args: &RunArgs, plan: &plan::Plan, guest: Option<Guest>) -> Payload {
+fn streams() -> Streams {
+    let port = |name| format!("port:{name}");
+    Streams {
+        input: port(STDIN_PORT),
+        output: port(STDOUT_PORT),
+        error: port(STDERR_PORT),
+    }
+}
+
+fn default_payload(guest: Guest, start: &Start, append: &str, engine: check::Engine) -> Payload {
     let bytes = |name: &str, bytes: Vec<u8>| Blob::Bytes {
         name: name.to_owned(),
         bytes: bytes.into(),
-    };
-    let Some(guest) = guest else {
-        return Payload {
-            // Without --kernel there is a default guest.
-            kernel: Blob::Path(args.kernel.clone().unwrap_or_default()),
-            initrd: args.initrd.iter().cloned().map(Blob::Path).collect(),
-            cmdline: args.append.clone(),
-        };
-    };
-    let start = Start {
-        console: console_device(args.console).to_owned(),
-        term: term(),
-        command: args.command.clone(),
-        ..Start::default()
     };
     Payload {
         kernel: bytes(&guest.kernel_package, guest.kernel),
@@ -254,7 +402,7 @@ fn payload(args: &RunArgs, plan: &plan::Plan, guest: Option<Guest>) -> Payload {
             bytes("the default guest's file system", guest.initramfs),
             bytes("the start's settings", start.archive()),
         ],
-        cmdline: cmdline(&args.append, plan.engine.engine),
+        cmdline: cmdline(append, engine),
     }
 }
 
@@ -325,17 +473,9 @@ fn term() -> String {
         .unwrap_or_else(|| "vt100".into())
 }
 
-fn channel(input: Option<OwnedFd>, output: Option<OwnedFd>) -> ByteChannel {
-    ByteChannel {
-        input: input.map(Arc::new),
-        output: output.map(Arc::new),
-    }
-}
-
 /// The machine's own message, with what to do where that is known.
-fn machine_error(error: vmm::machine::Error) -> Error {
-    let text = error.to_string();
-    let hint = match &error {
+fn machine_error(error: &vmm::machine::Error) -> Error {
+    let hint = match error {
         vmm::machine::Error::Boot(vmm::boot::Error::Format { .. }) => {
             Some("--kernel takes a bzImage (vmlinuz) or an ELF kernel for x86")
         }
@@ -344,17 +484,7 @@ fn machine_error(error: vmm::machine::Error) -> Error {
         ) => Some("get the file again"),
         _ => None,
     };
-    // The operating system's "(os error N)" may be anywhere in it.
-    let text = text
-        .split(" (os error ")
-        .enumerate()
-        .fold(String::new(), |text, (index, part)| {
-            match part.split_once(')') {
-                Some((_, rest)) if index > 0 => text + rest,
-                _ => text + part,
-            }
-        });
-    let error = Error::new(text);
+    let error = Error::new(one_line_of(error));
     match hint {
         Some(hint) => error.hint(hint),
         None => error,

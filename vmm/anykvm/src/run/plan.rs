@@ -1,9 +1,11 @@
 //! What the user asked for, checked before anything is started or downloaded.
 
+use vmm::virtio::disk::DiskConfig;
+
 use crate::check::facts::Facts;
 use crate::check::{Choice, choose, size};
 use crate::cli::{Net, RunArgs};
-use crate::disk::{self, Disk};
+use crate::disk;
 use crate::error::{Error, reason};
 use crate::options::MemorySize;
 
@@ -15,8 +17,8 @@ const LEAST_FOR_DEFAULT_GUEST: u64 = 128 << 20;
 pub struct Plan {
     /// The engine and why.
     pub engine: Choice,
-    /// The user's disks, locked.
-    pub disks: Vec<Disk>,
+    /// The user's disks.
+    pub disks: Vec<DiskConfig>,
 }
 
 /// Checks `args` against this machine.
@@ -45,7 +47,7 @@ pub fn check(args: &RunArgs, facts: &Facts) -> Result<Plan, Error> {
     let disks = args
         .disks
         .iter()
-        .map(disk::open)
+        .map(disk::check)
         .collect::<Result<_, _>>()?;
     Ok(Plan { engine, disks })
 }
@@ -97,8 +99,7 @@ fn check_net(args: &RunArgs) -> Result<(), Error> {
                 "the port {} of this machine is published twice",
                 publish.host_port
             ))
-            .hint("give each --publish a port of its own"),
-            );
+            .hint("give each --publish a port of its own"));
         }
     }
     Ok(())
