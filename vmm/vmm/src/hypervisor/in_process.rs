@@ -81,7 +81,7 @@ impl Vm {
     }
 
     pub(super) fn create_vcpu(&self, id: u32) -> Result<Vcpu> {
-        let mut vcpu = asked("KVM_CREATE_VCPU", self.0.create_vcpu(u64::from(id)))?;
+        let mut vcpu = asked("KVM_CREATE_VCPU", self.0.create_vcpu(u64::from(id))).map(Box::new)?;
         let run = ptr::from_mut(vcpu.get_kvm_run());
         Ok(Vcpu { vcpu, run })
     }
@@ -123,7 +123,7 @@ fn address(addr: &IoEventAddress) -> home_user::IoEventAddress {
 
 /// A vCPU of the engine.
 pub struct Vcpu {
-    vcpu: home_user::Vcpu,
+    vcpu: Box<home_user::Vcpu>,
     run: *mut kvm_run,
 }
 

@@ -13,16 +13,13 @@ use std::ptr;
 use std::sync::{Arc, Mutex, Once, PoisonError};
 
 use kvm_bindings::{
-    CpuId, KVM_EXIT_DEBUG, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR,
-    KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_OUT, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO,
-    KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_fpu,
-    kvm_lapic_state, kvm_mp_state, kvm_msi, kvm_pit_config, kvm_regs, kvm_run, kvm_sregs,
-    kvm_userspace_memory_region, kvm_vcpu_events,
+    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_fpu, kvm_lapic_state, kvm_mp_state, kvm_msi,
+    kvm_pit_config, kvm_regs, kvm_run, kvm_sregs, kvm_userspace_memory_region, kvm_vcpu_events,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Error, Exit, Result, failed};
+use super::{Error, Exit, Result, failed, run_area};
 
 /// An open `/dev/kvm`.
 pub struct System(Kvm);
@@ -207,73 +204,9 @@ impl Vcpu {
                 errno => Err(failed("KVM_RUN", errno)),
             };
         }
-        let run = self.fd.get_kvm_run();
-        match run.exit_reason {
-            KVM_EXIT_IO => {
-                // SAFETY: `io` is the union's member for this exit reason.
-                let io = unsafe { run.__bindgen_anon_1.io };
-                let len = usize::from(io.size) * io.count as usize;
-                // SAFETY: KVM places `len` bytes at `data_offset` inside the run mapping, which
-                // is larger than `kvm_run` and stays mapped while `self` is borrowed.
-                let data = unsafe {
-                    let start = self.run.cast::<u8>().add(io.data_offset as usize);
-                    std::slice::from_raw_parts_mut(start, len)
-                };
-                Ok(if u32::from(io.direction) == KVM_EXIT_IO_OUT {
-                    Exit::IoOut {
-                        port: io.port,
-                        size: io.size,
-                        data,
-                    }
-                } else {
-                    Exit::IoIn {
-                        port: io.port,
-                        size: io.size,
-                        data,
-                    }
-                })
-            }
-            KVM_EXIT_MMIO => {
-                // SAFETY: `mmio` is the union's member for this exit reason.
-                let mmio = unsafe { &mut run.__bindgen_anon_1.mmio };
-                let len = (mmio.len as usize).min(mmio.data.len());
-                let data = &mut mmio.data[..len];
-                Ok(if mmio.is_write != 0 {
-                    Exit::MmioWrite {
-                        addr: mmio.phys_addr,
-                        data,
-                    }
-                } else {
-                    Exit::MmioRead {
-                        addr: mmio.phys_addr,
-                        data,
-                    }
-                })
-            }
-            KVM_EXIT_HLT => Ok(Exit::Hlt),
-            KVM_EXIT_SHUTDOWN => Ok(Exit::Shutdown),
-            // SAFETY: `system_event` is the union's member for this exit reason.
-            KVM_EXIT_SYSTEM_EVENT => Ok(Exit::SystemEvent(unsafe {
-                run.__bindgen_anon_1.system_event.type_
-            })),
-            KVM_EXIT_INTR | KVM_EXIT_IRQ_WINDOW_OPEN => Ok(Exit::Intr),
-            KVM_EXIT_DEBUG => Ok(Exit::Debug),
-            KVM_EXIT_INTERNAL_ERROR => {
-                // SAFETY: `internal` is the union's member for this exit reason.
-                let internal = unsafe { run.__bindgen_anon_1.internal };
-                let count = (internal.ndata as usize).min(internal.data.len());
-                Ok(Exit::InternalError {
-                    suberror: internal.suberror,
-                    data: internal.data[..count].to_vec(),
-                })
-            }
-            KVM_EXIT_FAIL_ENTRY => {
-                // SAFETY: `fail_entry` is the union's member for this exit reason.
-                let entry = unsafe { run.__bindgen_anon_1.fail_entry };
-                Ok(Exit::FailEntry(entry.hardware_entry_failure_reason))
-            }
-            other => Ok(Exit::Unknown(other)),
-        }
+        // SAFETY: the run area stays mapped while `self` is borrowed, the exit borrows `self`, and
+        // KVM has just described an exit in it.
+        Ok(unsafe { run_area::decode(self.run) })
     }
 }
 

@@ -7,6 +7,7 @@
 
 mod in_process;
 mod kvm;
+mod run_area;
 
 use std::fmt;
 

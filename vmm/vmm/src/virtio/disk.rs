@@ -5,9 +5,11 @@
 )]
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use imago::qcow2::Qcow2;
 use imago::{
@@ -46,6 +48,9 @@ pub struct DiskConfig {
     pub read_only: bool,
     /// Serial number that the guest sees (20 bytes at most).
     pub serial: String,
+    /// The image, opened and locked by the caller, who so keeps it over resets of the machine;
+    /// `None` to open and lock `path`.
+    pub file: Option<Arc<File>>,
 }
 
 impl DiskConfig {
@@ -57,6 +62,7 @@ impl DiskConfig {
             format: DiskFormat::Auto,
             read_only: false,
             serial: String::new(),
+            file: None,
         }
     }
 }
@@ -136,22 +142,27 @@ impl DiskImage {
             path: path(),
             source,
         };
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(!config.read_only)
-            .open(&config.path)
-            .map_err(open)?;
+        let mut file = match &config.file {
+            Some(file) => file.try_clone().map_err(open)?,
+            None => OpenOptions::new()
+                .read(true)
+                .write(!config.read_only)
+                .open(&config.path)
+                .map_err(open)?,
+        };
         let kind = file.metadata().map_err(open)?.file_type();
         if !kind.is_file() && !std::os::unix::fs::FileTypeExt::is_block_device(&kind) {
             return Err(Error::Kind { path: path() });
         }
-        lock(&file, config.read_only).map_err(|source| match source.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::PermissionDenied => {
-                Error::InUse { path: path() }
-            }
-            _ => open(source),
-        })?;
-        let (content, bytes) = if is_qcow2(&mut file, config).map_err(open)? {
+        if config.file.is_none() {
+            lock(&file, config.read_only).map_err(|source| match source.kind() {
+                io::ErrorKind::WouldBlock | io::ErrorKind::PermissionDenied => {
+                    Error::InUse { path: path() }
+                }
+                _ => open(source),
+            })?;
+        }
+        let (content, bytes) = if is_qcow2(&file, config).map_err(open)? {
             let image = open_qcow2(&file, config)?;
             let size = image.size();
             (
@@ -288,13 +299,13 @@ impl DiskImage {
 }
 
 /// Whether to open the image as qcow2.
-fn is_qcow2(file: &mut File, config: &DiskConfig) -> io::Result<bool> {
+fn is_qcow2(file: &File, config: &DiskConfig) -> io::Result<bool> {
     match config.format {
         DiskFormat::Raw => Ok(false),
         DiskFormat::Qcow2 => Ok(true),
         DiskFormat::Auto => {
             let mut magic = [0; 4];
-            let n = file.read(&mut magic)?;
+            let n = file.read_at(&mut magic, 0)?;
             Ok(n == 4 && magic == *b"QFI\xfb")
         }
     }
@@ -471,7 +482,7 @@ fn write_zero_bytes(file: &File, mut offset: u64, mut len: u64) -> io::Result<()
     let zeroes = vec![0; BOUNCE];
     while len > 0 {
         let n = len.min(BOUNCE as u64) as usize;
-        std::os::unix::fs::FileExt::write_all_at(file, &zeroes[..n], offset)?;
+        file.write_all_at(&zeroes[..n], offset)?;
         offset += n as u64;
         len -= n as u64;
     }

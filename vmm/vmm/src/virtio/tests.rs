@@ -49,7 +49,7 @@ impl Driver {
             slot: 1,
             bar: 0xc000_0000,
         };
-        assert!(BAR_SIZE > NOTIFY);
+        const { assert!(BAR_SIZE > NOTIFY) };
         let device = VirtioPci::new(device, placement, Arc::clone(&memory), None, &lines).unwrap();
         let mut driver = Self {
             memory,
