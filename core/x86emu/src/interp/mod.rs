@@ -125,7 +125,7 @@ pub fn decode(mode: CodeSize, bytes: &[u8], rip: u64) -> Result<Instruction, boo
 #[cold]
 fn too_long(bits: u32, bytes: &[u8]) -> bool {
     let mut decoder = Decoder::new(bits, &bytes[1..], DecoderOptions::NONE);
-    decoder.decode();
+    decoder.decode_out(&mut Instruction::default());
     decoder.last_error() == DecoderError::NoMoreBytes
 }
 
@@ -257,7 +257,7 @@ impl<E: Env + ?Sized> Step<'_, E> {
     /// RIP of the next instruction.
     #[inline]
     fn next_rip(&self) -> u64 {
-        let next = self.cpu.rip.wrapping_add(self.bytes.len() as u64);
+        let next = self.cpu.rip.wrapping_add(self.insn.len() as u64);
         if self.mode == CodeSize::Bits64 {
             next
         } else {

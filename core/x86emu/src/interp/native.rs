@@ -42,8 +42,6 @@ pub(super) struct Native {
     taken: u32,
     /// The host register that stands for the guest's RSP.
     rsp: Option<u8>,
-    /// A register whose guest value was replaced by an input and is not changed.
-    masked: Option<u8>,
     /// The host register that points at the memory operand.
     base: Option<u8>,
     /// Bit mask of the registers that the instruction names.
@@ -114,7 +112,6 @@ impl<E: Env + ?Sized> Step<'_, E> {
             },
             taken: 0,
             rsp: None,
-            masked: None,
             base: None,
             named: 1 << gpr::RSP,
         };
@@ -261,7 +258,6 @@ impl<E: Env + ?Sized> Step<'_, E> {
         let stand_in = native.pick().ok_or_else(Stop::ud)?;
         native.enc.set_register(Field::Reg, stand_in);
         native.regs.gpr[usize::from(stand_in)] = inside as u64;
-        native.masked = Some(stand_in);
         Ok(words.wrapping_mul(size as i64) as u64)
     }
 

@@ -206,6 +206,11 @@ impl Env for Fake {
         Ok(())
     }
     fn cpuid(&mut self, _cpu: &CpuState, leaf: u32, subleaf: u32) -> [u32; 4] {
+        if leaf == 0xd {
+            // The XSAVE formats are the host's.
+            let r = core::arch::x86_64::__cpuid_count(leaf, subleaf);
+            return [r.eax, r.ebx, r.ecx, r.edx];
+        }
         [leaf, subleaf, 0x1234_5678, 0x9abc_def0]
     }
     fn features(&self) -> &Features {

@@ -16,3 +16,4 @@ mod setup;
 mod speed;
 mod task;
 mod transfer;
+mod vectors;

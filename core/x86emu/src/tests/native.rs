@@ -290,7 +290,9 @@ impl HostCpu for Native {
             return Err(6);
         }
         let stub = self.stub(insn, fpu.is_some());
-        let mask = self.mask;
+        // Legacy encodings reach the x87 and SSE components only.
+        let wide = matches!(insn.first(), Some(0xc4 | 0xc5 | 0x62));
+        let mask = if wide { self.mask } else { 3 };
         regs.rflags = regs.rflags & 0x8d5 | 2;
         let area = fpu.map_or(core::ptr::null_mut(), core::ptr::from_mut);
         // SAFETY: the stub keeps the host's registers and stack; the instruction in it obeys the

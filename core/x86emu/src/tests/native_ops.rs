@@ -248,7 +248,7 @@ impl Bench {
             cpu.gpr[register] = self.random.below(1024);
         }
         self.env.write(0x1000, &code);
-        let offset = 1024 + self.random.below(2048) & !63;
+        let offset = (1024 + self.random.below(2048)) & !63;
         self.random.fill(&mut self.host.0);
         self.env.write(DATA, &self.host.0);
         let mut regs = NativeRegs {

@@ -63,7 +63,8 @@ impl Random {
             if floats {
                 // Ordinary numbers instead of mostly invalid ones.
                 area[39 + 16 * n] |= 0x80;
-                let exponent = 0x3fff - 20 + self.below(40) as u16 | (self.below(2) as u16) << 15;
+                let sign = (self.below(2) as u16) << 15;
+                let exponent = (0x3fff - 20 + self.below(40) as u16) | sign;
                 area[40 + 16 * n..42 + 16 * n].copy_from_slice(&exponent.to_le_bytes());
             }
         }
