@@ -101,6 +101,7 @@ const INTERPRET: u32 = 1 << 12;
 const SIMPLE_AC: u32 = 1 << 13;
 const SMAP: u32 = 1 << 14;
 const TSC: u32 = 1 << 15;
+const FSGSBASE: u32 = 1 << 16;
 
 fn flat(s: &Segment) -> bool {
     // Present, base 0, 4 GiB, and for data: expand-up and writable or readable code.
@@ -177,6 +178,9 @@ impl Context {
         if smap {
             k |= SMAP;
         }
+        if cpu.cr4 & (1 << 16) != 0 {
+            k |= FSGSBASE;
+        }
         if cpu.cpl == 0 || cpu.cr4 & 4 == 0 {
             k |= TSC;
         }
@@ -239,6 +243,10 @@ impl Context {
     /// RDTSC is allowed.
     pub fn tsc(self) -> bool {
         self.0 & TSC != 0
+    }
+    /// RDFSBASE and its siblings are enabled.
+    pub fn fsgsbase(self) -> bool {
+        self.0 & FSGSBASE != 0
     }
     /// The context after STAC (`set`) or CLAC.
     pub fn with_ac(self, set: bool) -> Context {

@@ -60,10 +60,29 @@ pub enum Kind {
     Pushf,
     /// POPFQ, as long as it changes IF and arithmetic flags only.
     Popf,
+    /// MOV of a segment register to a general register: its index.
+    MovFromSeg(u8),
+    /// MOVS, STOS or LODS, with or without REP, in 64-bit mode with DF clear.
+    Strings(Strings),
+    /// RDFSBASE (4) or RDGSBASE (5).
+    ReadBase(u8),
     /// RDTSC, or RDTSCP (true).
     Rdtsc(bool),
     /// Left to the interpreter.
     Interpret,
+}
+
+/// A string instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Strings {
+    /// Reads from RSI.
+    pub source: bool,
+    /// Writes to RDI.
+    pub destination: bool,
+    /// log2 of the element size.
+    pub shift: u8,
+    /// REP prefix.
+    pub rep: bool,
 }
 
 /// One instruction of a block.
@@ -156,13 +175,10 @@ pub fn decode(page: &[u8; 4096], start: usize, ctx: Context) -> Decoded {
             break;
         }
     }
-    // The shadow of STI covers one instruction; a poll or an exit there would be seen.
-    let n = ops.len();
-    for i in 0..n {
-        let plain = i + 1 < n && matches!(ops[i + 1].kind, Kind::Native | Kind::Lea | Kind::Nop);
-        if ops[i].kind == Kind::Sti && !plain {
-            ops[i].kind = Kind::Interpret;
-        }
+    // The shadow of STI covers one instruction. Polls come after the branch they belong to, so any
+    // instruction of the block may follow, but not the jump out of the page that ends an open block.
+    if let Some(last) = ops.last_mut().filter(|o| o.kind == Kind::Sti) {
+        last.kind = Kind::Interpret;
     }
     let mut lines = crate::cache::lines_of(start, end.max(start + 1) - start);
     let live_in = liveness(&mut ops, page, ctx, end, closed, &mut lines);
@@ -180,6 +196,7 @@ pub fn decode(page: &[u8; 4096], start: usize, ctx: Context) -> Decoded {
 fn op(insn: Instruction, off: u16, enc: Option<Encoding>, kind: Kind, fpu: bool) -> Op {
     let (reads, modifies) = match kind {
         // Whatever pushes or replaces RFLAGS as a whole.
+        Kind::Strings(_) => (0, 0),
         Kind::Pushf => (ARITH, 0),
         Kind::Popf => (0, ARITH),
         Kind::Interpret
@@ -340,6 +357,14 @@ fn classify(insn: &Instruction, bytes: &[u8], ctx: Context) -> (Kind, Option<Enc
         M::Popfq if long && ctx.simple_if() => return (Kind::Popf, None, false),
         M::Rdtsc if ctx.tsc() => return (Kind::Rdtsc(false), None, false),
         M::Rdtscp if ctx.tsc() => return (Kind::Rdtsc(true), None, false),
+        M::Mov
+            if insn.op1_register().is_segment_register() && insn.op0_kind() == OpKind::Register =>
+        {
+            let n = insn.op1_register() as u32 - Register::ES as u32;
+            return (Kind::MovFromSeg(n as u8), None, false);
+        }
+        M::Rdfsbase if long && ctx.fsgsbase() => return (Kind::ReadBase(4), None, false),
+        M::Rdgsbase if long && ctx.fsgsbase() => return (Kind::ReadBase(5), None, false),
         M::Stac if ctx.simple_ac() => return (Kind::SetAc(true), None, false),
         M::Clac if ctx.simple_ac() => return (Kind::SetAc(false), None, false),
         M::Sti if ctx.simple_if() => return (Kind::Sti, None, false),
@@ -405,6 +430,12 @@ fn classify(insn: &Instruction, bytes: &[u8], ctx: Context) -> (Kind, Option<Enc
         }
         _ => {}
     }
+    if long
+        && ctx.df_clear()
+        && let Some(s) = strings(insn)
+    {
+        return (Kind::Strings(s), None, false);
+    }
     if matches!(insn.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc)
         && insn.op0_kind() == OpKind::Memory
         && insn.op1_kind() == OpKind::Register
@@ -419,6 +450,37 @@ fn classify(insn: &Instruction, bytes: &[u8], ctx: Context) -> (Kind, Option<Enc
         };
     }
     native(insn, bytes, ctx).map_or(interpret, |(enc, fpu)| (Kind::Native, Some(enc), fpu))
+}
+
+/// MOVS, STOS and LODS with 64-bit addresses and no segment that has a base.
+fn strings(insn: &Instruction) -> Option<Strings> {
+    let (source, destination, shift) = match insn.code() {
+        Code::Movsb_m8_m8 => (true, true, 0),
+        Code::Movsw_m16_m16 => (true, true, 1),
+        Code::Movsd_m32_m32 => (true, true, 2),
+        Code::Movsq_m64_m64 => (true, true, 3),
+        Code::Stosb_m8_AL => (false, true, 0),
+        Code::Stosw_m16_AX => (false, true, 1),
+        Code::Stosd_m32_EAX => (false, true, 2),
+        Code::Stosq_m64_RAX => (false, true, 3),
+        Code::Lodsb_AL_m8 => (true, false, 0),
+        Code::Lodsw_AX_m16 => (true, false, 1),
+        Code::Lodsd_EAX_m32 => (true, false, 2),
+        Code::Lodsq_RAX_m64 => (true, false, 3),
+        _ => return None,
+    };
+    let wide = (0..insn.op_count())
+        .all(|i| !matches!(insn.op_kind(i), OpKind::MemorySegESI | OpKind::MemoryESEDI));
+    let based = source && matches!(insn.memory_segment(), Register::FS | Register::GS);
+    let rep = insn.has_rep_prefix() || insn.has_repne_prefix();
+    // REP LODS is no one's loop; the interpreter has it.
+    let ok = wide && !based && !insn.has_lock_prefix() && !(rep && !destination);
+    ok.then_some(Strings {
+        source,
+        destination,
+        shift,
+        rep,
+    })
 }
 
 /// The memory operand's address can be computed by emitted code.

@@ -140,6 +140,13 @@ pub fn seg_base(n: usize) -> i32 {
         + offset_of!(x86emu::state::Segment, base) as i32
 }
 
+/// `gs` displacement of a segment's selector.
+pub fn seg_selector(n: usize) -> i32 {
+    off::SEG
+        + (n * size_of::<x86emu::state::Segment>()) as i32
+        + offset_of!(x86emu::state::Segment, selector) as i32
+}
+
 /// `gs` displacement of a TLB.
 pub fn tlb_base(which: usize) -> i32 {
     off::TLB + (which * size_of::<[TlbEntry; TLB_ENTRIES]>()) as i32

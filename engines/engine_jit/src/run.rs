@@ -61,6 +61,8 @@ pub struct Stats {
     pub translated: u64,
     /// Interpreted instructions by iced mnemonic, when `ANYKVM_JIT_STATS=2`.
     pub mnemonics: Option<Box<[u64; 4096]>>,
+    /// The same by address, with the mnemonic.
+    pub places: std::collections::HashMap<(u64, u16), u64>,
 }
 
 impl Stats {
@@ -88,6 +90,12 @@ impl std::fmt::Debug for Stats {
         )?;
         for (m, n) in self.top(40) {
             write!(f, "\n  {n:>10} {m:?}")?;
+        }
+        let mut places: Vec<_> = self.places.iter().collect();
+        places.sort_by_key(|e| std::cmp::Reverse(e.1));
+        for (&(pc, m), n) in places.into_iter().take(40) {
+            let m = iced_x86::Mnemonic::values().nth(usize::from(m));
+            write!(f, "\n  {n:>10} {pc:#x} {:?}", m.unwrap_or_default())?;
         }
         Ok(())
     }
@@ -208,6 +216,11 @@ impl<'a> Runner<'a> {
             && let Some(m) = &mut self.stats.mnemonics
         {
             m[insn.mnemonic() as usize & 4095] += 1;
+            *self
+                .stats
+                .places
+                .entry((pc, insn.mnemonic() as u16))
+                .or_default() += 1;
         }
     }
 
@@ -370,7 +383,7 @@ impl<'a> Runner<'a> {
                 return self.leave();
             }
         }
-        self.vm.caches.fill_code(ctx.user(), pc, m.gpa);
+        self.vm.caches.fill_code(ctx.user(), pc, &m);
         Ok(Some(m.gpa))
     }
 

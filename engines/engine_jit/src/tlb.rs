@@ -19,6 +19,7 @@ const CODE_ENTRIES: usize = 64;
 struct CodeEntry {
     /// Linear page with bit 0 set for user mode; `u64::MAX` when empty.
     key: u64,
+    /// Guest-physical page, bit 0: global.
     gpa: u64,
 }
 
@@ -37,12 +38,25 @@ pub struct Caches {
     /// The same for global ones.
     filled_global: [Vec<u16>; 3],
     jumps_filled: [Vec<u16>; 3],
-    /// A page larger than 4 KiB was cached since the last full flush.
-    large_pages: bool,
+    /// One bit per hash of a page of 2 MiB, and of 1 GiB, that was cached since the last full flush.
+    large: [[u64; 8]; 2],
+    /// The user's, the supervisor's jump cache has entries for code that is not global.
+    local_code: [bool; 2],
     /// One bit per hash of a linear page that has jump-cache entries.
     jump_pages: [u64; 16],
-    /// Flushes since start, for statistics.
+    /// TLB flushes since start, for statistics.
     pub flushes: u64,
+    /// Jump-cache flushes since start, for statistics.
+    pub jump_flushes: u64,
+    /// Changes of a jump cache's context since start, for statistics.
+    pub switches: u64,
+}
+
+/// Place of a large page in the filter. Pages of 4 MiB count as two of 2 MiB.
+fn large_hash(gva: u64, page_bits: u8) -> (usize, u64) {
+    let n = gva >> if page_bits > 22 { 30 } else { 21 };
+    let h = (n ^ n >> 9) as usize & 511;
+    (h / 64, 1 << (h % 64))
 }
 
 fn page_hash(gva: u64) -> (usize, u64) {
@@ -88,7 +102,8 @@ impl Caches {
         for list in &mut self.jumps_filled {
             list.clear();
         }
-        self.large_pages = false;
+        self.large = [[0; 8]; 2];
+        self.local_code = [false; 2];
         self.jump_pages = [0; 16];
     }
 
@@ -99,7 +114,7 @@ impl Caches {
 
     /// Enters a translation. `writable`: writes need no further notice.
     pub fn fill(&mut self, which: usize, gva: u64, mapping: &Mapping, host: u64, writable: bool) {
-        let (gpa, global, large) = (mapping.gpa, mapping.global, mapping.page_bits > 12);
+        let (gpa, global) = (mapping.gpa, mapping.global);
         let page = gva & !0xfff;
         let i = tlb_index(gva);
         let invalid = TlbEntry::invalid(i);
@@ -126,7 +141,7 @@ impl Caches {
             host,
             gpa: gpa & !0xfff | u64::from(global),
         };
-        self.large_pages |= large;
+        self.note_large(gva, mapping.page_bits);
     }
 
     /// Enters the code for a linear address.
@@ -144,15 +159,32 @@ impl Caches {
     pub fn code_page(&self, user: bool, gva: u64) -> Option<u64> {
         let key = gva & !0xfff | u64::from(user);
         let e = &self.code[(gva >> 12) as usize & (CODE_ENTRIES - 1)];
-        (e.key == key).then_some(e.gpa)
+        (e.key == key).then_some(e.gpa & !0xfff)
     }
 
     /// Remembers where a linear code page lies.
-    pub fn fill_code(&mut self, user: bool, gva: u64, gpa: u64) {
+    pub fn fill_code(&mut self, user: bool, gva: u64, mapping: &Mapping) {
         self.code[(gva >> 12) as usize & (CODE_ENTRIES - 1)] = CodeEntry {
             key: gva & !0xfff | u64::from(user),
-            gpa: gpa & !0xfff,
+            gpa: mapping.gpa & !0xfff | u64::from(mapping.global),
         };
+        self.local_code[usize::from(!user)] |= !mapping.global;
+        self.note_large(gva, mapping.page_bits);
+    }
+
+    fn note_large(&mut self, gva: u64, page_bits: u8) {
+        if page_bits > 12 {
+            let (w, b) = large_hash(gva, page_bits);
+            self.large[usize::from(page_bits > 22)][w] |= b;
+        }
+    }
+
+    /// A page larger than 4 KiB that covers `gva` may be cached.
+    fn covered_by_large(&self, gva: u64) -> bool {
+        [21, 30].into_iter().enumerate().any(|(i, bits)| {
+            let (w, b) = large_hash(gva, bits);
+            self.large[i][w] & b != 0
+        })
     }
 
     /// Carries out a flush. Only the current PCID is cached, so the PCID of a request is not looked at.
@@ -170,7 +202,16 @@ impl Caches {
     /// Drops what a MOV CR3 drops.
     pub fn flush_non_global(&mut self) {
         self.flush_data(false);
-        self.flush_code();
+        self.flush_jumps(TLB_USER);
+        self.local_code[0] = false;
+        if self.local_code[1] {
+            self.flush_jumps(TLB_KERNEL);
+            self.flush_jumps(TLB_KERNEL_AC);
+            self.local_code[1] = false;
+        }
+        for e in self.code.iter_mut().filter(|e| e.gpa & 1 == 0) {
+            e.key = u64::MAX;
+        }
     }
 
     fn flush_data(&mut self, global: bool) {
@@ -199,7 +240,7 @@ impl Caches {
             }
         }
         if global {
-            self.large_pages = false;
+            self.large = [[0; 8]; 2];
         }
     }
 
@@ -208,10 +249,12 @@ impl Caches {
     pub fn enter_context(&mut self, ctx: Context) {
         if ctx.user() {
             if self.jump_ctx[0] != ctx.0 {
+                self.switches += 1;
                 self.flush_jumps(TLB_USER);
                 self.jump_ctx[0] = ctx.0;
             }
         } else if self.jump_ctx[1] != ctx.family().0 {
+            self.switches += 1;
             self.flush_jumps(TLB_KERNEL);
             self.flush_jumps(TLB_KERNEL_AC);
             self.jump_ctx[1] = ctx.family().0;
@@ -227,6 +270,7 @@ impl Caches {
 
     /// Drops the jump caches and the code-page TLB.
     pub fn flush_code(&mut self) {
+        self.jump_flushes += 1;
         for u in 0..3 {
             self.flush_jumps(u);
         }
@@ -234,11 +278,12 @@ impl Caches {
             key: u64::MAX,
             gpa: 0,
         }; CODE_ENTRIES];
+        self.local_code = [false; 2];
         self.jump_pages = [0; 16];
     }
 
     fn flush_page(&mut self, gva: u64) {
-        if self.large_pages {
+        if self.covered_by_large(gva) {
             // The page may be part of a larger one, of which other 4 KiB pieces are cached.
             self.flush_data(true);
             self.flush_code();

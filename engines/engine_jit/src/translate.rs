@@ -14,8 +14,10 @@
 use crate::asm::{Asm, Mem, Size, at, cc, reg};
 use crate::context::Context;
 use crate::flags;
-use crate::frontend::{ARITH, Decoded, Kind, Op, access_size};
-use crate::layout::{JUMP_ENTRIES, TLB_ENTRIES, gpr_slot, jumps_base, off, seg_base, tlb_base};
+use crate::frontend::{ARITH, Decoded, Kind, Op, Strings, access_size};
+use crate::layout::{
+    JUMP_ENTRIES, TLB_ENTRIES, gpr_slot, jumps_base, off, seg_base, seg_selector, tlb_base,
+};
 use crate::stubs::{GUEST_RSP, I, Stubs, T};
 use iced_x86::{
     ConditionCode, FlowControl, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register,
@@ -255,6 +257,22 @@ impl Tx<'_> {
                 self.a.store(Size::Q, Mem::Gs(seg_base(5)), I);
                 self.a.store(Size::Q, Mem::Gs(off::KERNEL_GS_BASE), T);
             }
+            Kind::MovFromSeg(n) => {
+                let from = Mem::Gs(seg_selector(n.into()));
+                self.to_register(op.insn.op0_register(), |x, dst| {
+                    x.a.load(Size::W, dst, from)
+                });
+            }
+            Kind::ReadBase(n) => {
+                let from = Mem::Gs(seg_base(n.into()));
+                let size = if op.insn.op0_register().is_gpr32() {
+                    Size::D
+                } else {
+                    Size::Q
+                };
+                self.to_register(op.insn.op0_register(), |x, dst| x.a.load(size, dst, from));
+            }
+            Kind::Strings(s) => self.strings(op, s),
             Kind::Pushf => self.pushf(op),
             Kind::Popf => self.popf(op),
             Kind::Rdtsc(aux) => self.rdtsc(op, aux),
@@ -321,6 +339,121 @@ impl Tx<'_> {
         self.ctx = ctx;
         self.jump_direct(next, op.live_target, false);
         self.ctx = leaving;
+    }
+
+    /// Computes a zero-extended value into the host's place for guest register `r`. Keeps flags.
+    fn to_register(&mut self, r: Register, load: impl FnOnce(&mut Self, u8)) {
+        let guest = number(r);
+        match host(guest) {
+            Some(h) if !r.is_gpr16() => load(self, h),
+            dst => {
+                load(self, T);
+                match dst {
+                    Some(h) => self.a.op_reg(Size::W, &[0x89], T, h),
+                    None if r.is_gpr16() => self.a.store(Size::W, Mem::Gs(gpr_slot(guest)), T),
+                    None => self.a.store(Size::Q, Mem::Gs(gpr_slot(guest)), T),
+                }
+            }
+        }
+    }
+
+    /// MOVS, STOS, LODS. A repeated one runs natively if all of it lies in one page at each side;
+    /// otherwise the interpreter takes it page by page.
+    fn strings(&mut self, op: &Op, s: Strings) {
+        let size = 1usize << s.shift;
+        self.save_flags(op.live_before);
+        let mut misses = Vec::new();
+        let mut slow = Vec::new();
+        let fits = |x: &mut Self, slow: &mut Vec<usize>| {
+            if s.rep {
+                // offset + count * size <= 4096, with RSI borrowed for the sum
+                x.a.store(Size::Q, Mem::Gs(off::SPILL + 24), reg::RSI);
+                x.a.lea(reg::RSI, Mem::Sib(Some(T), Some((reg::RCX, s.shift)), 0));
+                x.a.alu_imm(Size::Q, 7, reg::RSI, 4096);
+                x.a.load(Size::Q, reg::RSI, Mem::Gs(off::SPILL + 24));
+                slow.push(x.a.jcc(cc::A));
+            }
+            x.a.lea(I, Mem::Sib(Some(I), Some((T, 0)), 0));
+        };
+        if s.rep {
+            // Keeps the sums below from wrapping.
+            self.a.alu_imm(Size::Q, 7, reg::RCX, 4096);
+            slow.push(self.a.jcc(cc::A));
+        }
+        let probed = if s.rep { 1 } else { size };
+        if s.source {
+            let retry = self.a.here();
+            self.a.mov(T, reg::RSI);
+            misses.push(self.probe(probed, false, retry, op));
+            fits(self, &mut slow);
+            if s.destination {
+                self.a.store(Size::Q, Mem::Gs(off::SPILL + 8), I);
+            }
+        }
+        if s.destination {
+            let retry = self.a.here();
+            self.a.mov(T, reg::RDI);
+            misses.push(self.probe(probed, true, retry, op));
+            fits(self, &mut slow);
+        }
+        let width = [Size::B, Size::W, Size::D, Size::Q][usize::from(s.shift)];
+        if s.rep {
+            self.a
+                .lea(T, Mem::Sib(Some(reg::RDI), Some((reg::RCX, s.shift)), 0));
+            if s.source {
+                self.a.lea(
+                    reg::RSI,
+                    Mem::Sib(Some(reg::RSI), Some((reg::RCX, s.shift)), 0),
+                );
+                self.a.store(Size::Q, Mem::Gs(off::SPILL + 16), reg::RSI);
+                self.a.load(Size::Q, reg::RSI, Mem::Gs(off::SPILL + 8));
+            }
+            self.a.mov(reg::RDI, I);
+            self.a.bytes(&[0xf3]);
+            match width {
+                Size::W => self.a.bytes(&[0x66]),
+                Size::Q => self.a.bytes(&[0x48]),
+                _ => {}
+            }
+            let opcode = if s.source { 0xa4 } else { 0xaa };
+            self.a.bytes(&[opcode | u8::from(s.shift != 0)]);
+            self.a.mov(reg::RDI, T);
+            if s.source {
+                self.a.load(Size::Q, reg::RSI, Mem::Gs(off::SPILL + 16));
+            }
+        } else {
+            let step = size as i32;
+            match (s.source, s.destination) {
+                (true, true) => {
+                    self.a.load(Size::Q, T, Mem::Gs(off::SPILL + 8));
+                    self.a.load(width, T, at(T, 0));
+                    self.a.store(width, at(I, 0), T);
+                }
+                (false, true) => self.a.store(width, at(I, 0), reg::RAX),
+                _ => match width {
+                    Size::B => self.a.op_mem(Size::B, &[0x8a], reg::RAX, at(I, 0)),
+                    _ => self.a.op_mem(width, &[0x8b], reg::RAX, at(I, 0)),
+                },
+            }
+            if s.source {
+                self.a.lea(reg::RSI, at(reg::RSI, step));
+            }
+            if s.destination {
+                self.a.lea(reg::RDI, at(reg::RDI, step));
+            }
+        }
+        let (meta, resume) = (self.meta(op), self.a.here());
+        let reload = self.flags == Flags::Host && op.live_after != 0;
+        for jump in slow {
+            self.cold.push(Cold::Interpret {
+                jump,
+                meta,
+                resume,
+                reload,
+                save: false,
+            });
+        }
+        self.resume_miss(misses, op);
     }
 
     fn pushf(&mut self, op: &Op) {

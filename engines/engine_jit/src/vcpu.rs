@@ -125,9 +125,14 @@ impl Drop for JitVcpu {
     fn drop(&mut self) {
         if std::env::var_os("ANYKVM_JIT_STATS").is_some() {
             let cache = self.world.cache_outside();
+            // SAFETY: the vCPU is not running.
+            let caches = unsafe { &(*self.mem.mem()).caches };
             eprintln!(
-                "engine_jit: {:?}, blocks {}, code {} KiB",
+                "engine_jit: {:?}\n  TLB flushes {}, jump-cache flushes {}, context switches {}, blocks {}, code {} KiB",
                 self.stats,
+                caches.flushes,
+                caches.jump_flushes,
+                caches.switches,
                 cache.translated,
                 cache.arena.used() >> 10
             );
