@@ -42,8 +42,9 @@ fn vector(stop: Stop) -> u8 {
 #[test]
 fn rep_movs_all_sizes_and_directions() {
     let mut random = Random(7);
+    let (mut env, start) = long(0);
     for round in 0..400 {
-        let (mut env, mut cpu) = long(0);
+        let mut cpu = start.clone();
         let size = 1usize << random.below(4);
         let down = random.one_in(3);
         let count = random.below(3000 / size as u64);

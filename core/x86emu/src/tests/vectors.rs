@@ -149,6 +149,7 @@ fn gathers_and_scatters() {
     let mut random = Random(21);
     let mut oracle = Native::new();
     let mut host = std::boxed::Box::new(Host([0; 8192]));
+    let (mut env, fresh_cpu) = setup();
     let mut tried = 0;
     for code in Code::values() {
         let op = code.op_code();
@@ -201,7 +202,8 @@ fn gathers_and_scatters() {
             let mut encoder = Encoder::new(64);
             encoder.encode(&insn, 0x1000).unwrap();
             let bytes = encoder.take_buffer();
-            let (mut env, mut cpu) = setup();
+            env.w64(pte(0x9000), 0x9007);
+            let mut cpu = fresh_cpu.clone();
             random.state(&mut cpu, false);
             let mut indices = [0; 64];
             let wide = op
@@ -290,12 +292,13 @@ fn save_and_restore_agree_with_the_host() {
             leaf & 2 != 0,
         ),
     ];
+    let (mut env, fresh_cpu) = setup();
     for round in 0..200 {
         for (save, restore, present) in forms {
             if !present {
                 continue;
             }
-            let (mut env, mut cpu) = setup();
+            let mut cpu = fresh_cpu.clone();
             random.state(&mut cpu, false);
             // Some components in their initial state.
             cpu.xsave.0[512] &= random.next() as u8 | 1;
