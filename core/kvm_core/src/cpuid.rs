@@ -543,3 +543,151 @@ impl Cpuid {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::{Timer, Waiter};
+    use alloc::boxed::Box;
+    use alloc::sync::Arc;
+    use x86emu::env::HostCpu;
+
+    /// A host CPU on which every feature bit there is is set.
+    struct Everything {
+        amd: bool,
+        xcr0: u64,
+    }
+
+    impl Host for Everything {
+        fn now_ns(&self) -> u64 {
+            0
+        }
+        fn realtime_ns(&self) -> u64 {
+            0
+        }
+        fn tsc(&self) -> u64 {
+            0
+        }
+        fn tsc_khz(&self) -> u32 {
+            1_000_000
+        }
+        fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
+            let name = if self.amd {
+                [0x6874_7541, 0x444d_4163, 0x6974_6e65]
+            } else {
+                [0x756e_6547, 0x6c65_746e, 0x4965_6e69]
+            };
+            match (leaf, subleaf) {
+                (0, _) => [0x20, name[0], name[1], name[2]],
+                (0x8000_0000, _) => [0x8000_0022, name[0], name[1], name[2]],
+                (0x8000_0008, _) => [0x3934, !0, !0, !0],
+                (4 | 0x8000_001d, 3..) => [0; 4],
+                (0xd, 2) => [256, 576, 0, 0],
+                (0xd, 5) => [64, 1088, 0, 0],
+                (0xd, 6) => [512, 1152, 0, 0],
+                (0xd, 7) => [1024, 1664, 0, 0],
+                (0xd, 9) => [8, 2688, 0, 0],
+                _ => [!0; 4],
+            }
+        }
+        fn xcr0(&self) -> u64 {
+            self.xcr0
+        }
+        fn waiter(&self) -> Option<Arc<dyn Waiter>> {
+            None
+        }
+        fn timer(&self, _: Box<dyn Fn() + Send + Sync>) -> Option<Box<dyn Timer>> {
+            None
+        }
+        fn native_cpu(&self) -> Option<Box<dyn HostCpu + Send>> {
+            None
+        }
+    }
+
+    fn table(amd: bool, xcr0: u64) -> Cpuid {
+        Cpuid::new(&supported(&Everything { amd, xcr0 })).unwrap()
+    }
+
+    #[test]
+    fn offers_nothing_that_is_not_served() {
+        for amd in [false, true] {
+            let t = table(amd, !0);
+            let [_, _, c, _] = t.regs(1, 0);
+            assert_eq!(c & (1 << 5), 0, "VMX");
+            assert_eq!(c & leaf1_ecx::MONITOR, 0);
+            let [_, b, c, d] = t.regs(7, 0);
+            assert_eq!(b & (1 << 4 | 1 << 11 | 1 << 14), 0, "HLE, RTM, MPX");
+            assert_eq!(
+                c & (1 << 3 | 1 << 4 | 1 << 7 | 1 << 16),
+                0,
+                "PKU, OSPKE, CET_SS, LA57"
+            );
+            assert_eq!(d & (1 << 20 | 7 << 22), 0, "CET_IBT, AMX");
+            assert_eq!(t.regs(0xa, 0), [0; 4], "PMU");
+            assert_eq!(t.regs(0x8000_0001, 0)[2] & ext1_ecx::SVM, 0);
+            assert_eq!(t.xcr0(), 0xe7, "no MPX, PKRU, AMX state");
+            assert_eq!(t.regs(0xd, 1)[0] & leafd_eax::XSAVES, 0);
+        }
+    }
+
+    #[test]
+    fn avx_state_and_instructions_come_together() {
+        let [_, _, c, _] = table(false, 3).regs(1, 0);
+        assert_eq!(c & (leaf1_ecx::AVX | leaf1_ecx::FMA | leaf1_ecx::F16C), 0);
+        assert_ne!(c & leaf1_ecx::XSAVE, 0);
+        let t = table(false, 7);
+        assert_ne!(t.regs(7, 0)[1] & leaf7_ebx::AVX2, 0);
+        assert_eq!(t.regs(7, 0)[1] & leaf7_ebx::AVX512F, 0);
+        let [_, _, c, _] = table(false, 0).regs(1, 0);
+        assert_eq!(c & leaf1_ecx::XSAVE, 0);
+    }
+
+    #[test]
+    fn xsave_sizes_follow_xcr0() {
+        let t = table(true, 0xe7);
+        let mut cpu = CpuState::default();
+        assert_eq!(t.regs(0xd, 0)[2], 2688);
+        for (xcr0, size) in [(1, 576), (3, 576), (7, 832), (0xe7, 2688)] {
+            cpu.xcr0 = xcr0;
+            assert_eq!(t.query(&cpu, 0, 0xd, 0)[1], size);
+        }
+        cpu.xcr0 = 0xe7;
+        assert_eq!(t.query(&cpu, 0, 0xd, 1)[1], 576 + 256 + 64 + 512 + 1024);
+    }
+
+    #[test]
+    fn dynamic_bits() {
+        let t = table(false, 7);
+        let mut cpu = CpuState::default();
+        let osxsave =
+            |cpu: &CpuState| t.query(cpu, apic::BASE_ENABLE, 1, 0)[2] & leaf1_ecx::OSXSAVE;
+        assert_eq!(osxsave(&cpu), 0);
+        cpu.cr4 |= cr4::OSXSAVE;
+        assert_ne!(osxsave(&cpu), 0);
+        assert_eq!(t.query(&cpu, 0, 1, 0)[3] & leaf1_edx::APIC, 0);
+    }
+
+    #[test]
+    fn leaves_out_of_range() {
+        let cpu = CpuState::default();
+        let mut t = table(true, 7);
+        assert_eq!(t.query(&cpu, 0, 0x1234, 0), [0; 4]);
+        t = Cpuid::new(&[
+            kvm_cpuid_entry2 {
+                function: 0,
+                eax: 2,
+                ..Default::default()
+            },
+            kvm_cpuid_entry2 {
+                function: 2,
+                eax: 0x77,
+                ..Default::default()
+            },
+        ])
+        .unwrap();
+        assert_eq!(t.query(&cpu, 0, 0x1234, 0)[0], 0x77);
+        assert_eq!(t.query(&cpu, 0, 0x4000_1234, 0), [0; 4]);
+        let many = [kvm_cpuid_entry2::default(); 257];
+        assert_eq!(Cpuid::new(&many).unwrap_err(), Errno::E2BIG);
+    }
+}

@@ -238,16 +238,14 @@ impl Vcpu {
         if shared.take_requests(request::CLOCK) != 0 {
             self.env.write_time_info(self.engine.cpu_ref());
         }
-        if shared.take_requests(request::INIT) != 0 {
+        // Both at once: a start-up IPI that is here without its INIT came outside of the protocol and
+        // means nothing, but one that comes right behind its INIT must not be mistaken for that.
+        let taken = shared.take_requests(request::INIT | request::SIPI);
+        if taken & request::INIT != 0 {
             self.init();
         }
-        if self.env.mp_state == mp_state::INIT_RECEIVED && shared.take_requests(request::SIPI) != 0
-        {
+        if taken & request::SIPI != 0 && self.env.mp_state == mp_state::INIT_RECEIVED {
             self.start_up(shared.sipi_vector());
-        }
-        if self.env.mp_state == mp_state::UNINITIALIZED {
-            // A start-up IPI means nothing before INIT.
-            shared.take_requests(request::SIPI);
         }
         if let Some(lapic) = shared.lapic() {
             let now = self.env.now();

