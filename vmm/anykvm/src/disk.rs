@@ -107,8 +107,10 @@ fn is_written_by_qemu(file: &File) -> bool {
         l_pid: 0,
     };
     // Asks who would be in the way of a lock that this file, open for reading, could not have.
+    // Another reader is too, but it locks the whole file, from its start.
     fcntl(file, FcntlArg::F_OFD_GETLK(&mut asked)).is_ok()
         && i32::from(asked.l_type) != nix::libc::F_UNLCK
+        && asked.l_start > 0
 }
 
 /// A guest cannot change its disk's name, so that the name is the user's word.
