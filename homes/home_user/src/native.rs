@@ -31,6 +31,10 @@ const MAX_REGIONS: usize = 4096;
 static REGIONS: [AtomicUsize; MAX_REGIONS] = [const { AtomicUsize::new(0) }; MAX_REGIONS];
 const MARK: u32 = 0x80;
 
+const X87: u64 = 1;
+const SSE: u64 = 2;
+const AVX: u64 = 4;
+
 #[derive(Clone, Copy)]
 struct Slot {
     key: u128,
@@ -71,12 +75,14 @@ impl Asm {
     }
 
     /// Restores the host's FPU control state and callee-saved registers, returns RAX.
-    fn leave(&mut self, fpu: bool, avx: bool) {
-        if fpu {
+    fn leave(&mut self, fpu: u64) {
+        if fpu & X87 != 0 {
             self.put(&[0xdb, 0xe3]); // fninit
             self.put(&[0xd9, 0x6c, 0x24, 4]); // fldcw [rsp+4]
+        }
+        if fpu != 0 {
             self.put(&[0x0f, 0xae, 0x14, 0x24]); // ldmxcsr [rsp]
-            if avx {
+            if fpu & AVX != 0 {
                 self.put(&[0xc5, 0xf8, 0x77]); // vzeroupper
             }
         }
@@ -86,7 +92,8 @@ impl Asm {
     }
 }
 
-fn build(insn: &[u8], fpu: bool, avx: bool) -> Asm {
+fn build(insn: &[u8], components: u64) -> Asm {
+    let fpu = components != 0;
     let mut a = Asm {
         buf: [0; STUB_MAX],
         len: 0,
@@ -96,6 +103,8 @@ fn build(insn: &[u8], fpu: bool, avx: bool) -> Asm {
     a.put(&[0x48, 0x83, 0xec, 16]); // sub rsp, 16
     if fpu {
         a.put(&[0x0f, 0xae, 0x1c, 0x24]); // stmxcsr [rsp]
+    }
+    if components & X87 != 0 {
         a.put(&[0xd9, 0x7c, 0x24, 4]); // fnstcw [rsp+4]
     }
     a.put(&[0x48, 0x8d, 0x0d]); // lea rcx, [fault exit]
@@ -126,7 +135,7 @@ fn build(insn: &[u8], fpu: bool, avx: bool) -> Asm {
         a.put(&[0x48, 0x0f, 0xae, 0x26]); // xsave64 [rsi]
     }
     a.put(&[0x31, 0xc0]); // xor eax, eax
-    a.leave(fpu, avx);
+    a.leave(components);
     let exit = a.len;
     a.put(&[0x48, 0x83, 0xc4, 16]); // add rsp, 16
     if fpu {
@@ -135,10 +144,38 @@ fn build(insn: &[u8], fpu: bool, avx: bool) -> Asm {
         a.put(&[0x48, 0x8b, 0x74, 0x24, 24]); // mov rsi, [rsp+24]
         a.put(&[0x0f, 0xae, 0x5e, 24]); // stmxcsr [rsi+24]
     }
-    a.leave(fpu, avx);
+    a.leave(components);
     let rel = (exit - lea - 4) as u32;
     a.buf[lea..lea + 4].copy_from_slice(&rel.to_le_bytes());
     a
+}
+
+/// The XSAVE components that an instruction can reach. Loading and saving less is most of the cost
+/// of a vector instruction.
+fn components(insn: &[u8]) -> u64 {
+    let mut prefixed = false;
+    let mut rest = insn.iter().copied().peekable();
+    while let Some(b @ (0x66 | 0xf2 | 0xf3 | 0xf0 | 0x67 | 0x65 | 0x40..=0x4f)) =
+        rest.peek().copied()
+    {
+        prefixed |= matches!(b, 0x66 | 0xf2 | 0xf3);
+        rest.next();
+    }
+    match (rest.next(), rest.next()) {
+        (Some(0xc4 | 0xc5 | 0x62), _) => !X87,
+        // FXSAVE, XSAVE and their relatives.
+        (Some(0x0f), Some(0xae | 0xc7)) => !0,
+        (Some(0x0f), Some(op)) => {
+            // MMX registers are x87 registers.
+            let mmx = match op {
+                0x2a | 0x2c | 0x2d | 0xd6 => true,
+                0x38 | 0x3a | 0x60..=0x7f | 0xc4 | 0xc5 | 0xd0..=0xff => !prefixed,
+                _ => false,
+            };
+            if mmx { X87 | SSE } else { SSE }
+        }
+        _ => X87 | SSE,
+    }
 }
 
 extern "C" fn on_fault(sig: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
@@ -239,7 +276,8 @@ impl Native {
         Ok(native)
     }
 
-    fn stub(&mut self, insn: &[u8], fpu: bool) -> Stub {
+    fn stub(&mut self, insn: &[u8], components: u64) -> Stub {
+        let fpu = components != 0;
         let mut bytes = [0u8; 16];
         bytes[..insn.len()].copy_from_slice(insn);
         bytes[15] = insn.len() as u8 | u8::from(fpu) << 7;
@@ -254,7 +292,7 @@ impl Native {
                 self.used = 0;
                 self.slots.fill(Slot { key: 0, offset: 0 });
             }
-            let code = build(insn, fpu, self.mask & 4 != 0);
+            let code = build(insn, components);
             let offset = self.used;
             // SAFETY: `offset + code.len` stays inside the writable mapping (checked above).
             unsafe {
@@ -324,8 +362,11 @@ impl HostCpu for Native {
         if insn.len() > 15 {
             return Err(6);
         }
-        let stub = self.stub(insn, fpu.is_some());
-        let mask = self.mask;
+        let mask = match &fpu {
+            Some(_) => self.mask & components(insn),
+            None => 0,
+        };
+        let stub = self.stub(insn, mask);
         regs.rflags = regs.rflags & 0x8d5 | 2;
         let area = fpu.map_or(core::ptr::null_mut(), core::ptr::from_mut);
         // SAFETY: the stub keeps the host's registers and stack; the instruction in it obeys the
