@@ -1,0 +1,24 @@
+//! Differential tests: the same code on the host CPU, in the interpreter and in the translator.
+//!
+//! [`forms`] makes one instruction of every form, [`sequence`] makes runs of instructions; [`suite`]
+//! executes a [`case::Case`] three times and compares. `regressions/*.txt` holds what once differed,
+//! a case per line ([`text`]).
+
+/// The paths that the shared executor of single instructions expects.
+mod env {
+    pub use x86emu::env::{HostCpu, NativeRegs};
+}
+mod state {
+    pub use x86emu::state::XsaveArea;
+}
+#[path = "../../../core/x86emu/src/tests/native.rs"]
+pub mod host_cpu;
+
+pub mod case;
+pub mod forms;
+pub mod guest;
+pub mod host;
+pub mod layout;
+pub mod machine;
+pub mod random;
+pub mod suite;
