@@ -642,3 +642,89 @@ fn rsp_as_an_operand() {
     run(&mut cpu, &mut env, &[0x0f, 0xb6, 0xe4], 1).unwrap(); // movzx esp, ah
     assert_eq!(cpu.gpr[gpr::RSP], 0);
 }
+
+#[test]
+fn addresses() {
+    let (mut env, mut cpu) = long(0);
+    env.w64(0x2000, 0x1111);
+    // The last 2 MiB of the address space map the same RAM.
+    let high = |at: u64| (at as u32).wrapping_sub(0x20_0000).to_le_bytes();
+    let [a, b, c, d] = high(0x2000);
+    run(&mut cpu, &mut env, &[0x48, 0x8b, 0x04, 0x25, a, b, c, d], 1).unwrap();
+    assert_eq!(cpu.gpr[gpr::RAX], 0x1111);
+    // With 67 the same displacement is not sign-extended.
+    let stop = run(
+        &mut cpu,
+        &mut env,
+        &[0x67, 0x48, 0x8b, 0x04, 0x25, a, b, c, d],
+        1,
+    );
+    assert_eq!(stop, Err(Stop::pf(0, 0xffe0_2000)));
+    // RIP-relative, with and without 67.
+    env.write(0x1000, &[0x48, 0x8b, 0x0d, 0xf9, 0x0f, 0, 0]);
+    cpu.rip = 0x1000;
+    step(&mut cpu, &mut env).unwrap();
+    assert_eq!(cpu.gpr[gpr::RCX], 0x1111);
+    // moffs64, segment base, 32-bit base and index with wrap-around.
+    run(
+        &mut cpu,
+        &mut env,
+        &[0x48, 0xa1, 0, 0x20, 0, 0, 0, 0, 0, 0],
+        1,
+    )
+    .unwrap();
+    assert_eq!(cpu.gpr[gpr::RAX], 0x1111);
+    cpu.seg[sreg::GS].base = 0x1ff0;
+    run(
+        &mut cpu,
+        &mut env,
+        &[0x65, 0x8b, 0x14, 0x25, 0x10, 0, 0, 0],
+        1,
+    )
+    .unwrap();
+    assert_eq!(cpu.gpr[gpr::RDX], 0x1111);
+    cpu.gpr[gpr::RBX] = 0x5_ffff_fff0;
+    cpu.gpr[gpr::RSI] = 0x7_0000_1008;
+    run(&mut cpu, &mut env, &[0x67, 0x48, 0x03, 0x14, 0x73], 1).unwrap();
+    assert_eq!(cpu.gpr[gpr::RDX], 0x2222);
+    // LEA has no segment and no fault.
+    cpu.gpr[gpr::RBX] = 0x8000_0000_0000_0000;
+    run(&mut cpu, &mut env, &[0x65, 0x48, 0x8d, 0x43, 0xff], 1).unwrap();
+    assert_eq!(cpu.gpr[gpr::RAX], 0x7fff_ffff_ffff_ffff);
+    // A bit far outside the operand, both ways.
+    cpu.gpr[gpr::RBX] = 0x2000;
+    for bit in [-4097i64, -1, 0, 31, 32, 40_000] {
+        cpu.gpr[gpr::RCX] = bit as u64;
+        let byte = (0x2000 + bit.div_euclid(8)) as u64;
+        let before = env.read(byte, 1)[0];
+        run(&mut cpu, &mut env, &[0xf0, 0x48, 0x0f, 0xbb, 0x0b], 1).unwrap();
+        let flipped = before ^ 1 << bit.rem_euclid(8);
+        assert_eq!(env.read(byte, 1)[0], flipped, "bit {bit}");
+    }
+    // 16-bit addressing wraps within 64 KiB, and BP means SS.
+    let mut real = flat_mode(CodeSize::Bits16, 0);
+    real.seg[sreg::SS].base = 0x1_0000;
+    real.gpr[gpr::RBP] = 0xfff0;
+    real.gpr[gpr::RSI] = 0x2010;
+    env.w16(0x1_2000, 0x4242);
+    run(&mut real, &mut env, &[0x8b, 0x02], 1).unwrap();
+    assert_eq!(real.gpr[gpr::RAX] & 0xffff, 0x4242);
+    // Beyond the limit: #GP, through SS #SS.
+    real.gpr[gpr::RBX] = 0xffff;
+    assert_eq!(run(&mut real, &mut env, &[0x8b, 0x07], 1), Err(Stop::gp(0)));
+    real.gpr[gpr::RBP] = 0xffff;
+    assert_eq!(
+        run(&mut real, &mut env, &[0x8b, 0x46, 0], 1),
+        Err(Stop::ss(0))
+    );
+}
+
+#[test]
+fn steps_behind_a_trait_object() {
+    let (mut env, mut cpu) = long(0);
+    env.write(0x1000, &[0x48, 0xff, 0x03]);
+    cpu.gpr[gpr::RBX] = 0x2000;
+    let object: &mut dyn Env = &mut env;
+    step(&mut cpu, object).unwrap();
+    assert_eq!(env.r64(0x2000), 1);
+}
