@@ -13,7 +13,7 @@ use std::io::{self, IsTerminal, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::process;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -65,6 +65,8 @@ pub fn run(args: &RunArgs) -> Result<u8, Error> {
 #[derive(Default)]
 struct End {
     machine: Mutex<Option<MachineHandle>>,
+    /// The end was asked for: a machine that a reset builds must not run either.
+    asked: AtomicBool,
     /// Signal that asked for the end; 0: none.
     signal: AtomicI32,
 }
@@ -74,17 +76,19 @@ impl End {
         self.machine.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The machine that is to be stopped from now on. Stops it at once if a signal came before.
+    /// The machine that is to be stopped from now on. Stops it at once if that was asked before.
     fn controls(&self, handle: MachineHandle) {
-        if self.signal.load(Ordering::SeqCst) != 0 {
+        let mut machine = self.machine();
+        if self.asked.load(Ordering::SeqCst) {
             handle.stop();
         }
-        *self.machine() = Some(handle);
+        *machine = Some(handle);
     }
 
     fn by_signal(&self, signal: i32) {
         let code = 128 + signal;
         self.signal.store(signal, Ordering::SeqCst);
+        self.asked.store(true, Ordering::SeqCst);
         match &*self.machine() {
             // Nothing is running: nothing can be lost.
             None => process::exit(code),
@@ -100,6 +104,7 @@ impl End {
     }
 
     fn by_user(&self) {
+        self.asked.store(true, Ordering::SeqCst);
         if let Some(handle) = &*self.machine() {
             handle.stop();
         }
@@ -326,7 +331,8 @@ impl Session {
             log::info!("the run ended: {outcome:?}");
             // A default guest that restarts before its shell is there has panicked, and would do so
             // again and again.
-            if !matches!(outcome, Outcome::Reset) || self.command || !self.gate.is_open() {
+            let again = !self.command && self.gate.is_open() && !end.asked.load(Ordering::SeqCst);
+            if !matches!(outcome, Outcome::Reset) || !again {
                 break outcome;
             }
         };
@@ -342,6 +348,11 @@ impl Session {
         if signal != 0 {
             return Ok(u8::try_from(128 + signal).unwrap_or(EXIT_FAILED));
         }
+        // The guest's own end may have come first.
+        let outcome = match outcome {
+            Outcome::Reset if end.asked.load(Ordering::SeqCst) => Outcome::Stopped,
+            other => other,
+        };
         exit_code(&outcome, reports.as_ref(), self.command)
     }
 }
@@ -448,8 +459,6 @@ fn cmdline(append: &str, engine: check::Engine) -> String {
         "console=ttyS0",
         // Only a panic is shown; '--append loglevel=7' shows all.
         "quiet loglevel=0 panic=-1",
-        // There is no keyboard controller to look for behind the reset line.
-        "i8042.noaux i8042.nomux i8042.nopnp i8042.dumbkbd",
         // What takes time at start and finds nothing here.
         "cryptomgr.notests audit=0 rcupdate.rcu_expedited=1",
     ];
