@@ -85,6 +85,8 @@ impl Template {
                     e.ebx = apic_id & 0xff;
                     e.ecx = 0;
                 }
+                // AMD's other description of the topology is the host's: none rather than that.
+                0x8000_0026 => (e.eax, e.ebx, e.ecx, e.edx) = (0, 0, 0, 0),
                 _ => {}
             }
         }

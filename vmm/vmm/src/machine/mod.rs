@@ -271,10 +271,10 @@ impl Machine {
         }
         let outcome = self.stop.wait();
         for thread in threads {
-            // A kick before KVM_RUN is remembered, so one would do; engines may differ.
+            // One kick is enough where it is remembered, as both engines do; more do no harm.
             while !thread.is_finished() {
                 self.stop.kick_all();
-                std::thread::sleep(std::time::Duration::from_millis(1));
+                std::thread::sleep(std::time::Duration::from_micros(100));
             }
             let _ = thread.join();
         }
