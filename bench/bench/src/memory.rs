@@ -1,0 +1,145 @@
+//! `bench memory`: memory of the machine's process beside the guest's RAM, idle after boot.
+
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::machine::{Kind, Machine};
+use crate::setup::Setup;
+use crate::statistics::median;
+use crate::{Outcome, Result, table};
+
+const LIMIT: Duration = Duration::from_secs(300);
+/// How long the guest is idle before its process is looked at.
+const SETTLE: Duration = Duration::from_secs(2);
+/// In the name of the mappings of the guest's RAM: AnyKVM's own name, and QEMU's name for its.
+const RAM_NAMES: [&str; 2] = ["memfd:guest-ram", "memfd:memory-backend-memfd"];
+
+/// Memory of a process, in MiB.
+#[derive(Debug, Default, Clone, Copy, PartialEq)]
+struct Usage {
+    /// Resident pages of the guest's RAM, each once for each mapping.
+    ram: f64,
+    /// Resident pages of everything else.
+    rss: f64,
+    /// As `rss`, shared pages divided by who shares them.
+    pss: f64,
+    /// The process's page tables.
+    tables: f64,
+}
+
+/// Boots each machine to an idle `/init` and looks at its process.
+///
+/// # Errors
+/// If nothing can be measured.
+pub fn run(setup: &Setup) -> Result<Outcome> {
+    let rounds = setup.rounds(3).min(3);
+    let initrd = setup.initrd("idle.cpio", "idle")?;
+    let kinds = Kind::available(setup, &[Kind::AnyKvm, Kind::Microvm, Kind::Q35]);
+    let mut rows = Vec::new();
+    let mut results = serde_json::Map::new();
+    let mut failures = Vec::new();
+    for kind in kinds {
+        let mut usages = Vec::new();
+        for round in 1..=rounds {
+            eprintln!("memory: round {round} of {rounds}, {}", kind.name());
+            let mut machine = Machine::start(kind.command(setup, &initrd, "idle"))?;
+            match machine.wait_for("init", LIMIT) {
+                Ok(_) => {
+                    std::thread::sleep(SETTLE);
+                    usages.push(usage(machine.pid())?);
+                }
+                Err(why) => failures.push(format!("{} failed: {why}", kind.name())),
+            }
+        }
+        let middle = |get: fn(&Usage) -> f64| median(&usages.iter().map(get).collect::<Vec<_>>());
+        let values = [
+            middle(|u| u.rss),
+            middle(|u| u.pss),
+            middle(|u| u.tables),
+            middle(|u| u.ram),
+        ];
+        let mut row = vec![kind.name().to_owned()];
+        row.extend(values.map(|v| v.map_or("-".into(), |mib| format!("{mib:.1}"))));
+        rows.push(row);
+        let [rss, pss, tables, ram] = values;
+        results.insert(
+            kind.name().into(),
+            json!({ "rss_mib": rss, "pss_mib": pss, "page_tables_mib": tables, "guest_ram_mapped_mib": ram }),
+        );
+    }
+    println!("Memory of the process beside the guest's RAM, idle after boot, median (MiB)");
+    let head = ["machine", "RSS", "PSS", "page tables", "guest RAM, mapped"];
+    print!("{}", table::text(&head, &rows));
+    for failure in &failures {
+        println!("{failure}");
+    }
+    Ok(Outcome {
+        good: failures.is_empty(),
+        json: results.into(),
+    })
+}
+
+fn usage(pid: u32) -> Result<Usage> {
+    let read = |file: &str| {
+        let path = format!("/proc/{pid}/{file}");
+        std::fs::read_to_string(&path).map_err(|e| format!("cannot read {path}: {e}"))
+    };
+    let mut usage = parse(&read("smaps")?);
+    usage.tables = read("status")?
+        .lines()
+        .find_map(|line| line.strip_prefix("VmPTE:"))
+        .map_or(0.0, mib);
+    Ok(usage)
+}
+
+/// MiB of a value like `   123 kB`.
+fn mib(value: &str) -> f64 {
+    let number = value.split_whitespace().next().unwrap_or_default();
+    number.parse::<f64>().unwrap_or(0.0) / 1024.0
+}
+
+fn parse(smaps: &str) -> Usage {
+    let mut usage = Usage::default();
+    let mut ram = false;
+    for line in smaps.lines() {
+        match line.split_once(':') {
+            Some(("Rss", value)) if ram => usage.ram += mib(value),
+            Some(("Rss", value)) => usage.rss += mib(value),
+            Some(("Pss", value)) if !ram => usage.pss += mib(value),
+            // A mapping's first line starts with its addresses, the others with a name.
+            _ if line.contains('-')
+                && line.starts_with(|c: char| c.is_ascii_hexdigit() && !c.is_ascii_uppercase()) =>
+            {
+                ram = RAM_NAMES.iter().any(|name| line.contains(name));
+            }
+            _ => {}
+        }
+    }
+    usage
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_guests_ram_is_counted_apart() {
+        let smaps = "\
+00400000-00500000 r-xp 00000000 08:01 99 /usr/bin/anykvm
+Size:               1024 kB
+Rss:                1024 kB
+Pss:                 512 kB
+Pss_Dirty:           512 kB
+VmFlags: rd ex mr mw me
+7f0000000000-7f0020000000 rw-s 00000000 00:01 7 /memfd:guest-ram (deleted)
+Rss:               10240 kB
+Pss:                5120 kB
+7f1000000000-7f1000200000 rw-p 00000000 00:00 0
+Rss:                2048 kB
+Pss:                2048 kB
+";
+        let usage = parse(smaps);
+        assert_eq!((usage.ram, usage.rss, usage.pss), (10.0, 3.0, 2.5));
+    }
+}

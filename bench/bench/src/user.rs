@@ -1,0 +1,389 @@
+//! `bench user`: the workloads natively, in AnyKVM and in QEMU's TCG.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::machine::{Kind, Machine, Record};
+use crate::setup::Setup;
+use crate::statistics::{geometric_mean, least, median};
+use crate::table::{self, milliseconds, ratio};
+use crate::{Outcome, Result};
+
+const KINDS: [Kind; 3] = [Kind::Native, Kind::AnyKvm, Kind::Microvm];
+/// A machine that says nothing for longer is stuck: the guest itself ends a workload after 180 s.
+const LIMIT: Duration = Duration::from_secs(240);
+/// By how much a guest's clock may differ from the host's over a run.
+const CLOCK_ERROR: f64 = 0.02;
+/// The classes of "integer and floating-point user code".
+const USER_CODE: [&str; 3] = ["integer", "calls", "float"];
+
+/// What a machine did with a workload.
+#[derive(Default, Clone)]
+struct Cell {
+    /// One per repetition, all rounds, in milliseconds.
+    times: Vec<f64>,
+    checksum: Option<String>,
+    /// Why there is nothing: the CPU lacks an instruction.
+    missing: Option<String>,
+    /// Why there is nothing: it failed.
+    failed: Option<String>,
+}
+
+#[derive(Default)]
+struct Workload {
+    name: String,
+    class: String,
+    cells: BTreeMap<&'static str, Cell>,
+}
+
+#[derive(Default)]
+struct Suite {
+    /// In the order of the first machine that reported them.
+    workloads: Vec<Workload>,
+    /// By machine: seconds of the guest's clock and of the host's, for each round.
+    clocks: BTreeMap<&'static str, Vec<(f64, f64)>>,
+    /// Machines that did not come to an end.
+    broken: Vec<String>,
+}
+
+/// Runs the workloads on each machine in turn.
+///
+/// # Errors
+/// If nothing can be run, or a workload's name is not known.
+pub fn run(setup: &Setup) -> Result<Outcome> {
+    let rounds = setup.rounds(3);
+    let (repetitions, divisor) = if setup.options.quick { (2, 4) } else { (5, 1) };
+    let mut arguments = format!("user --reps {repetitions} --divide {divisor}");
+    if !setup.options.only.is_empty() {
+        check_names(setup)?;
+        arguments += &format!(" --only {}", setup.options.only.join(","));
+    }
+    let initrd = setup.initrd("user.cpio", &arguments)?;
+    let kinds = Kind::available(setup, &KINDS);
+    let mut suite = Suite::default();
+    for round in 1..=rounds {
+        for &kind in &kinds {
+            eprintln!("user: round {round} of {rounds}, {}", kind.name());
+            let machine = Machine::start(kind.command(setup, &initrd, &arguments))?;
+            if let Err(why) = suite.follow(kind, machine) {
+                eprintln!("user: {} failed: {why}", kind.name());
+                suite.broken.push(format!("{}: {why}", kind.name()));
+            }
+        }
+    }
+    suite.compare_results();
+    suite.print(&kinds);
+    Ok(Outcome {
+        good: suite.is_good(),
+        json: suite.json(),
+    })
+}
+
+/// Asks the guest program, here on the host, for its names.
+fn check_names(setup: &Setup) -> Result<()> {
+    let output = std::process::Command::new(&setup.guest)
+        .arg("list")
+        .output()
+        .map_err(|e| format!("cannot run {}: {e}", setup.guest.display()))?;
+    let list = String::from_utf8_lossy(&output.stdout);
+    for name in &setup.options.only {
+        let known = list
+            .lines()
+            .any(|line| line.split_whitespace().take(2).any(|word| word == name));
+        if !known {
+            return Err(format!(
+                "there is no workload or class '{name}'; these are:\n{list}"
+            ));
+        }
+    }
+    Ok(())
+}
+
+impl Suite {
+    /// Takes the results of one machine until its guest says that it has done all.
+    fn follow(&mut self, kind: Kind, mut machine: Machine) -> Result<()> {
+        let mut start = None;
+        loop {
+            match machine.record(LIMIT) {
+                Ok(record) => match record.kind() {
+                    "start" => start = clock(&record),
+                    "end" => {
+                        if let Some(((guest, host), (end, at))) = start.zip(clock(&record)) {
+                            let times = (end - guest, (at - host).as_secs_f64());
+                            self.clocks.entry(kind.name()).or_default().push(times);
+                        }
+                        machine.ended_within(Duration::from_secs(5));
+                        return Ok(());
+                    }
+                    "result" | "missing" | "failed" => self.take(kind, &record.value),
+                    _ => {}
+                },
+                Err(end) => return Err(machine.describe(&end)),
+            }
+        }
+    }
+
+    fn take(&mut self, kind: Kind, record: &Value) {
+        let text = |field: &str| record[field].as_str().unwrap_or_default().to_owned();
+        let name = text("name");
+        let at = match self.workloads.iter().position(|w| w.name == name) {
+            Some(at) => at,
+            None => {
+                self.workloads.push(Workload {
+                    name,
+                    class: text("class"),
+                    cells: BTreeMap::new(),
+                });
+                self.workloads.len() - 1
+            }
+        };
+        let cell = self.workloads[at].cells.entry(kind.name()).or_default();
+        match record["record"].as_str() {
+            Some("missing") => cell.missing = Some(text("why")),
+            Some("failed") => cell.failed = Some(text("why")),
+            _ => {
+                let times = record["ns"].as_array().into_iter().flatten();
+                cell.times
+                    .extend(times.filter_map(Value::as_f64).map(|ns| ns / 1e6));
+                let checksum = text("checksum");
+                if cell
+                    .checksum
+                    .as_ref()
+                    .is_some_and(|first| *first != checksum)
+                {
+                    cell.failed = Some("two rounds computed different results".into());
+                }
+                cell.checksum = Some(checksum);
+            }
+        }
+    }
+
+    /// What differs from the first machine's result, the host's if it takes part, does not count.
+    fn compare_results(&mut self) {
+        for workload in &mut self.workloads {
+            let order = KINDS.map(Kind::name);
+            let expected = order
+                .iter()
+                .find_map(|kind| workload.cells.get(kind)?.checksum.clone());
+            for cell in workload.cells.values_mut() {
+                if cell.checksum.is_some() && cell.checksum != expected {
+                    cell.failed = Some("WRONG RESULT".into());
+                }
+                if cell.failed.is_some() {
+                    cell.times.clear();
+                }
+            }
+        }
+    }
+
+    fn print(&self, kinds: &[Kind]) {
+        println!(
+            "Workloads, median (ms), and times native's; TCG/AnyKVM: how much faster AnyKVM is"
+        );
+        let head = [
+            "workload",
+            "native",
+            "anykvm",
+            "x native",
+            "tcg",
+            "x native",
+            "TCG/AnyKVM",
+        ];
+        let mut rows = Vec::new();
+        let mut class = "";
+        for workload in &self.workloads {
+            if workload.class != class {
+                class = &workload.class;
+                rows.push(vec![format!("[{class}]")]);
+            }
+            rows.push(vec![
+                workload.name.clone(),
+                workload.shown(Kind::Native),
+                workload.shown(Kind::AnyKvm),
+                ratio(workload.ratio(Kind::AnyKvm, Kind::Native)),
+                workload.shown(Kind::Microvm),
+                ratio(workload.ratio(Kind::Microvm, Kind::Native)),
+                ratio(workload.ratio(Kind::Microvm, Kind::AnyKvm)),
+            ]);
+        }
+        print!("{}", table::text(&head, &rows));
+        println!("\nGeometric means");
+        let rows: Vec<Vec<String>> = self
+            .summary()
+            .into_iter()
+            .map(|(name, means)| [vec![name], means.map(ratio).to_vec()].concat())
+            .collect();
+        let head = ["class", "anykvm/native", "tcg/native", "tcg/anykvm"];
+        print!("{}", table::text(&head, &rows));
+
+        let mut worst: Vec<(f64, &str)> = self
+            .workloads
+            .iter()
+            .filter_map(|w| Some((w.ratio(Kind::AnyKvm, Kind::Native)?, w.name.as_str())))
+            .collect();
+        worst.sort_by(|a, b| b.0.total_cmp(&a.0));
+        worst.truncate(10);
+        if !worst.is_empty() {
+            let list: Vec<String> = worst
+                .iter()
+                .map(|&(value, name)| format!("{name} {}", ratio(Some(value))))
+                .collect();
+            println!("\nfarthest from native: {}", list.join(", "));
+        }
+        let slower: Vec<&str> = self
+            .workloads
+            .iter()
+            .filter(|w| {
+                w.ratio(Kind::Microvm, Kind::AnyKvm)
+                    .is_some_and(|r| r < 1.0)
+            })
+            .map(|w| w.name.as_str())
+            .collect();
+        if kinds.contains(&Kind::AnyKvm) && kinds.contains(&Kind::Microvm) {
+            match slower.as_slice() {
+                [] => println!("slower than TCG: none"),
+                names => println!("slower than TCG: {}", names.join(", ")),
+            }
+        }
+        for (name, times) in &self.clocks {
+            let (guest, host) = total(times);
+            println!(
+                "clock of {name}: {guest:.2} s for {host:.2} s of the host ({:+.2} %){}",
+                (guest / host - 1.0) * 1e2,
+                if is_right(times) {
+                    ""
+                } else {
+                    "  WRONG: its figures mean nothing"
+                },
+            );
+        }
+        for workload in &self.workloads {
+            for (kind, cell) in &workload.cells {
+                if let Some(why) = &cell.failed {
+                    println!("{kind}: {} failed: {why}", workload.name);
+                } else if let Some(why) = &cell.missing {
+                    println!("{kind}: no {}: {why}", workload.name);
+                }
+            }
+        }
+        for why in &self.broken {
+            println!("not all ran: {why}");
+        }
+    }
+
+    /// By class, and over several: AnyKVM to native, TCG to native, TCG to AnyKVM.
+    fn summary(&self) -> Vec<(String, [Option<f64>; 3])> {
+        let means = |wanted: &dyn Fn(&str) -> bool| {
+            [
+                (Kind::AnyKvm, Kind::Native),
+                (Kind::Microvm, Kind::Native),
+                (Kind::Microvm, Kind::AnyKvm),
+            ]
+            .map(|(a, b)| {
+                let ratios: Vec<f64> = self
+                    .workloads
+                    .iter()
+                    .filter(|w| wanted(&w.class))
+                    .filter_map(|w| w.ratio(a, b))
+                    .collect();
+                geometric_mean(&ratios)
+            })
+        };
+        let mut classes: Vec<&str> = Vec::new();
+        for workload in &self.workloads {
+            if !classes.contains(&workload.class.as_str()) {
+                classes.push(&workload.class);
+            }
+        }
+        let mut rows: Vec<(String, [Option<f64>; 3])> = classes
+            .iter()
+            .map(|&class| (class.to_owned(), means(&|c| c == class)))
+            .collect();
+        rows.push((
+            USER_CODE.join("+"),
+            means(&|class| USER_CODE.contains(&class)),
+        ));
+        rows.push(("all".into(), means(&|_| true)));
+        rows
+    }
+
+    fn is_good(&self) -> bool {
+        self.broken.is_empty()
+            && self.clocks.values().all(|times| is_right(times))
+            && self
+                .workloads
+                .iter()
+                .all(|w| w.cells.values().all(|cell| cell.failed.is_none()))
+    }
+
+    fn json(&self) -> Value {
+        let workloads: Vec<Value> = self
+            .workloads
+            .iter()
+            .map(|workload| {
+                let machines: serde_json::Map<String, Value> = workload
+                    .cells
+                    .iter()
+                    .map(|(kind, cell)| {
+                        let value = json!({
+                            "ms": cell.times, "median_ms": median(&cell.times),
+                            "least_ms": least(&cell.times), "checksum": cell.checksum,
+                            "missing": cell.missing, "failed": cell.failed,
+                        });
+                        ((*kind).to_owned(), value)
+                    })
+                    .collect();
+                json!({ "name": workload.name, "class": workload.class, "machines": machines })
+            })
+            .collect();
+        let summary: Vec<Value> = self
+            .summary()
+            .into_iter()
+            .map(|(name, [own, tcg, speed])| {
+                json!({ "class": name, "anykvm_to_native": own, "tcg_to_native": tcg, "tcg_to_anykvm": speed })
+            })
+            .collect();
+        json!({
+            "workloads": workloads, "geometric_means": summary,
+            "clocks_guest_host_s": self.clocks, "broken": self.broken,
+        })
+    }
+}
+
+impl Workload {
+    fn median(&self, kind: Kind) -> Option<f64> {
+        median(&self.cells.get(kind.name())?.times)
+    }
+
+    fn shown(&self, kind: Kind) -> String {
+        match self.cells.get(kind.name()) {
+            Some(cell) if cell.failed.is_some() => "FAILED".into(),
+            Some(cell) if cell.missing.is_some() => "missing".into(),
+            _ => milliseconds(self.median(kind)),
+        }
+    }
+
+    /// How many times as long it takes on `kind`.
+    fn ratio(&self, kind: Kind, other: Kind) -> Option<f64> {
+        Some(self.median(kind)? / self.median(other)?)
+    }
+}
+
+/// The guest's clock in a record, in seconds, and when the host saw it.
+fn clock(record: &Record) -> Option<(f64, Instant)> {
+    Some((record.value["monotonic_ns"].as_f64()? / 1e9, record.at))
+}
+
+fn total(times: &[(f64, f64)]) -> (f64, f64) {
+    times
+        .iter()
+        .fold((0.0, 0.0), |sum, time| (sum.0 + time.0, sum.1 + time.1))
+}
+
+/// Whether the guest's clock went as fast as the host's, but for the console's delay.
+fn is_right(times: &[(f64, f64)]) -> bool {
+    let (guest, host) = total(times);
+    (guest - host).abs() <= CLOCK_ERROR * host + 0.05
+}

@@ -1,0 +1,119 @@
+//! System calls that the standard library does not offer, for the runner itself.
+#![expect(unsafe_code, reason = "system calls")]
+
+use std::ffi::CStr;
+
+/// What a clock counts.
+#[derive(Debug, Clone, Copy)]
+pub enum Clock {
+    /// Time that only goes forward.
+    Monotonic,
+    /// Time of day.
+    Realtime,
+    /// Time since the machine was switched on.
+    SinceBoot,
+    /// CPU time of this process.
+    Process,
+}
+
+/// Nanoseconds of `clock`.
+pub fn now(clock: Clock) -> u64 {
+    let id = match clock {
+        Clock::Monotonic => libc::CLOCK_MONOTONIC,
+        Clock::Realtime => libc::CLOCK_REALTIME,
+        Clock::SinceBoot => libc::CLOCK_BOOTTIME,
+        Clock::Process => libc::CLOCK_PROCESS_CPUTIME_ID,
+    };
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: `time` is a timespec to write to.
+    unsafe { libc::clock_gettime(id, &raw mut time) };
+    u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000_000
+        + u64::try_from(time.tv_nsec).unwrap_or(0)
+}
+
+/// Runs `work` in a child process; returns how it failed, `None` if it did not.
+///
+/// # Errors
+/// If there can be no child.
+pub fn in_child(work: impl FnOnce()) -> Result<Option<String>, String> {
+    // SAFETY: this program has one thread, so the child may do whatever the parent may.
+    match unsafe { libc::fork() } {
+        -1 => Err(format!("fork: {}", std::io::Error::last_os_error())),
+        0 => {
+            work();
+            std::process::exit(0)
+        }
+        child => {
+            let mut status = 0;
+            // SAFETY: `status` is an int to write to.
+            let waited = unsafe { libc::waitpid(child, &raw mut status, 0) };
+            Ok(if waited != child {
+                Some("its process was lost".into())
+            } else if libc::WIFSIGNALED(status) {
+                Some(match libc::WTERMSIG(status) {
+                    libc::SIGALRM => "took too long".into(),
+                    signal => format!("ended by signal {signal}"),
+                })
+            } else if libc::WEXITSTATUS(status) != 0 {
+                Some(format!("ended with code {}", libc::WEXITSTATUS(status)))
+            } else {
+                None
+            })
+        }
+    }
+}
+
+/// Ends this process after so many seconds.
+pub fn end_after(seconds: u32) {
+    // SAFETY: changes no memory.
+    unsafe { libc::alarm(seconds) };
+}
+
+/// Mounts what the workloads use.
+pub fn prepare_guest() {
+    for (kind, directory) in [
+        (c"devtmpfs", c"/dev"),
+        (c"proc", c"/proc"),
+        (c"sysfs", c"/sys"),
+        (c"tmpfs", c"/tmp"),
+        (c"tmpfs", c"/dev/shm"),
+    ] {
+        mount(kind, directory);
+    }
+}
+
+fn mount(kind: &CStr, directory: &CStr) {
+    // SAFETY: all are strings that live long enough.
+    let result = unsafe {
+        libc::mkdir(directory.as_ptr(), 0o755);
+        libc::mount(
+            kind.as_ptr(),
+            directory.as_ptr(),
+            kind.as_ptr(),
+            0,
+            std::ptr::null(),
+        )
+    };
+    if result != 0 {
+        eprintln!(
+            "bench_guest: cannot mount {directory:?}: {}",
+            std::io::Error::last_os_error()
+        );
+    }
+}
+
+/// Switches the machine off.
+pub fn power_off() {
+    // SAFETY: changes no memory of this process.
+    unsafe {
+        libc::sync();
+        libc::reboot(libc::RB_POWER_OFF);
+    }
+    // A machine without a switch: process 1 must not end, or the kernel panics.
+    loop {
+        std::thread::sleep(std::time::Duration::from_secs(3600));
+    }
+}
