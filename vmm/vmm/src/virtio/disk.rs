@@ -320,6 +320,7 @@ fn open_qcow2(file: &File, config: &DiskConfig) -> Result<FormatAccess<imago::fi
         path: path(),
         source,
     };
+    check_qcow2_header(file).map_err(bad)?;
     let trusted = config.format == DiskFormat::Qcow2 || has_extension(&config.path, "qcow2");
     let options = StorageOpenOptions::new()
         .filename(&config.path)
@@ -340,6 +341,51 @@ fn open_qcow2(file: &File, config: &DiskConfig) -> Result<FormatAccess<imago::fi
             _ => bad(e),
         })?;
     Ok(FormatAccess::new(image))
+}
+
+/// Checks that the tables that a qcow2 header names lie in the file and are of sensible sizes,
+/// because imago takes the header at its word. See "qcow2", "Header", in QEMU's documentation.
+fn check_qcow2_header(file: &File) -> io::Result<()> {
+    let bad = |what| Err(io::Error::new(io::ErrorKind::InvalidData, what));
+    let mut header = [0u8; 72];
+    file.read_exact_at(&mut header, 0)?;
+    let u32_at = |at: usize| {
+        header[at..at + 4]
+            .iter()
+            .fold(0, |v, &b| (v << 8) | u64::from(b))
+    };
+    let u64_at = |at: usize| (u32_at(at) << 32) | u32_at(at + 4);
+    let len = file.metadata()?.len();
+    let (version, cluster_bits) = (u32_at(4), u32_at(20));
+    if !(2..=3).contains(&version) {
+        return bad("its version is neither 2 nor 3");
+    }
+    if !(9..=21).contains(&cluster_bits) {
+        return bad("its cluster size makes no sense");
+    }
+    let cluster = 1u64 << cluster_bits;
+    let within = |offset: u64, size: u64| {
+        offset >= cluster
+            && offset.is_multiple_of(cluster)
+            && offset
+                .checked_add(size)
+                .is_some_and(|end| end <= len.next_multiple_of(cluster))
+    };
+    let (size, l1_entries, refcount_clusters) = (u64_at(24), u32_at(36), u32_at(56));
+    if l1_entries > 4 << 20 || !within(u64_at(40), l1_entries * 8) {
+        return bad("its L1 table is not in the file");
+    }
+    if l1_entries
+        .saturating_mul(cluster / 8)
+        .saturating_mul(cluster)
+        < size
+    {
+        return bad("its L1 table is too small for its size");
+    }
+    if refcount_clusters > 1 << 16 || !within(u64_at(48), refcount_clusters * cluster) {
+        return bad("its refcount table is not in the file");
+    }
+    Ok(())
 }
 
 fn has_extension(path: &Path, extension: &str) -> bool {

@@ -151,3 +151,34 @@ fn what_is_no_disk_is_refused_in_one_line() {
     };
     assert!(message(&bogus).contains("not a good qcow2 image"));
 }
+
+#[test]
+fn damage_to_a_qcow2_image_is_an_error_at_most() {
+    let scratch = Scratch::qcow2("damaged.img", 4 << 20);
+    let good = std::fs::read(&scratch.0).unwrap();
+    let mem = memory::create(16 << 20).unwrap();
+    let buffer = GuestMemoryBackend::get_slice(&*mem, GuestAddress(0), 65536).unwrap();
+    let mut state = 0x5eed_5eed_5eed_5eedu64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    for _ in 0..1500 {
+        let mut image = good.clone();
+        for _ in 0..1 + next() % 3 {
+            let at = match next() % 3 {
+                0 => next() as usize % image.len(),
+                _ => next() as usize % 112,
+            };
+            image[at] = next() as u8;
+        }
+        std::fs::write(&scratch.0, &image).unwrap();
+        if let Ok(mut disk) = DiskImage::open(&scratch.config()) {
+            let _ = disk.read_at(&[buffer], 0);
+            let _ = disk.write_at(&[buffer], disk.size().saturating_sub(65536));
+            let _ = disk.flush();
+        }
+    }
+}
