@@ -2,6 +2,7 @@
 
 use crate::layout::{CODE, STACK};
 use crate::random::Random;
+use std::sync::LazyLock;
 use x86emu::state::XsaveArea;
 
 /// RFLAGS bits that are set and compared: the arithmetic flags, DF and AC.
@@ -75,7 +76,24 @@ pub struct Case {
     pub vectors: Vec<(u8, Vec<u8>)>,
 }
 
+/// A case's initial state worked out.
+pub struct Start {
+    /// 64 or 32.
+    pub bits: u32,
+    /// Registers.
+    pub regs: Regs,
+    /// Everything from [`crate::layout::USER`] on.
+    pub memory: Vec<u8>,
+}
+
 impl Case {
+    /// Works out the initial state.
+    pub fn start(&self) -> Start {
+        let mut memory = vec![0; crate::layout::USER_SIZE as usize];
+        self.fill(&mut memory);
+        Start { bits: self.bits, regs: self.regs(), memory }
+    }
+
     /// A case with no code yet.
     pub fn new(bits: u32) -> Self {
         let mut gpr = [0; 16];
@@ -135,19 +153,28 @@ impl Case {
     }
 }
 
-/// Offset and size of an extended XSAVE component.
+/// Offset and size of an extended XSAVE component below 8.
 pub fn component(n: u32) -> (usize, usize) {
-    let r = std::arch::x86_64::__cpuid_count(0xd, n);
-    (r.ebx as usize, r.eax as usize)
+    static KNOWN: LazyLock<[(usize, usize); 8]> = LazyLock::new(|| {
+        std::array::from_fn(|n| {
+            let r = std::arch::x86_64::__cpuid_count(0xd, n as u32);
+            (r.ebx as usize, r.eax as usize)
+        })
+    });
+    KNOWN[n as usize]
 }
 
 /// The XSAVE components that take part.
 pub fn host_components() -> u64 {
-    if !std::arch::is_x86_feature_detected!("xsave") {
-        return 3;
-    }
-    let r = std::arch::x86_64::__cpuid_count(0xd, 0);
-    u64::from(r.eax) & 0xe7
+    // CPUID is slow under a hypervisor.
+    static KNOWN: LazyLock<u64> = LazyLock::new(|| {
+        if !std::arch::is_x86_feature_detected!("xsave") {
+            return 3;
+        }
+        let r = std::arch::x86_64::__cpuid_count(0xd, 0);
+        u64::from(r.eax) & 0xe7
+    });
+    *KNOWN
 }
 
 /// Random vector state.

@@ -53,6 +53,10 @@ pub fn rules(insn: &Instruction) -> Rules {
     match insn.mnemonic() {
         // They would call the kernel, or the kernel emulates them or has its own tables.
         M::Syscall | M::Sysenter | M::Int | M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw => rules.native = false,
+        // A hypervisor below the host may see them first, and does as it likes.
+        M::Clgi | M::Stgi | M::Invlpga | M::Skinit | M::Vmrun | M::Vmload | M::Vmsave | M::Vmgexit | M::Vmcall
+        | M::Vmmcall | M::Monitorx | M::Mwaitx | M::Monitor | M::Mwait | M::Pvalidate | M::Rmpadjust
+        | M::Rmpupdate | M::Rmpquery | M::Psmash | M::Int1 => rules.native = false,
         // What they read is the host's own business.
         M::Lsl | M::Lar | M::Verr | M::Verw | M::Cpuid | M::Rdpid | M::Xgetbv => rules.native = false,
         M::Rdtsc | M::Rdtscp | M::Rdrand | M::Rdseed | M::Rdpmc | M::Rdpru => {
@@ -106,6 +110,51 @@ const GPR: [u8; 16] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
 
 fn nth(base: Register, n: u8) -> Register {
     base + u32::from(n)
+}
+
+/// Registers that point at data and keep doing so, for operands inside longer code.
+#[derive(Clone, Debug, Default)]
+pub struct Pointers(pub Vec<(u8, u64)>);
+
+/// One memory operand through a pointer, with the displacement that its value asks for.
+fn memory_through(r: &mut Random, insn: &mut Instruction, case: &Case, pointers: &Pointers, size: u64) {
+    let long = case.bits == 64;
+    let first = if long { Register::RAX } else { Register::EAX };
+    let (base, value) = pointers.0[r.below(pointers.0.len() as u64) as usize];
+    let size = size.max(1);
+    let goal = match r.below(16) {
+        0 => DATA.linear + PAGE - r.below(size + 1),
+        1 | 2 if value > 1 << 32 => HIGH.linear + r.below(2 * PAGE - size),
+        3 => STACK.linear + r.below(PAGE - size),
+        4 if r.one_in(4) => target(r, size, case.bits, true),
+        5..=8 => DATA.linear + r.below(PAGE - size),
+        9 => DATA.linear + 3 * PAGE + r.below(PAGE - size),
+        _ => DATA.linear + (r.below(2 * PAGE - size) & !63),
+    };
+    let goal = if value > 1 << 32 { HIGH.linear + goal % (2 * PAGE - 64) } else { goal };
+    let mut at = value;
+    insn.set_memory_base(nth(first, base));
+    if value < 1 << 32 && r.one_in(3) {
+        let (index, v) = pointers.0[r.below(pointers.0.len() as u64) as usize];
+        if v < 1 << 28 && index != 4 {
+            let scale = r.below(4) as u32;
+            insn.set_memory_index(nth(first, index));
+            insn.set_memory_index_scale(1 << scale);
+            at = at.wrapping_add(v << scale);
+        }
+    } else if long && value < 1 << 32 && r.one_in(8) {
+        insn.set_memory_base(Register::RIP);
+        insn.set_memory_displacement64(goal);
+        insn.set_memory_displ_size(8);
+        return;
+    }
+    let disp = goal.wrapping_sub(at);
+    insn.set_memory_displacement64(if long { disp } else { disp & 0xffff_ffff });
+    insn.set_memory_displ_size(match disp as i64 {
+        0 => 0,
+        -128..128 => 1,
+        _ => if long { 8 } else { 4 },
+    });
 }
 
 /// One memory operand, chosen and solved for the registers it names.
@@ -266,7 +315,12 @@ pub fn state(r: &mut Random, bits: u32) -> Case {
 }
 
 /// Registers, memory operand, immediates of one form. `None`: the generator has none for it.
-pub fn operands(r: &mut Random, code: Code, case: &mut Case) -> Option<Instruction> {
+pub fn operands(
+    r: &mut Random,
+    code: Code,
+    case: &mut Case,
+    pointers: Option<&Pointers>,
+) -> Option<Instruction> {
     use OpCodeOperandKind as K;
     let long = case.bits == 64;
     let mut insn = Instruction::default();
@@ -543,10 +597,17 @@ pub fn operands(r: &mut Random, code: Code, case: &mut Case) -> Option<Instructi
     if memory_at.is_some() {
         let size = insn.memory_size();
         let bytes = if insn.is_broadcast() { size.element_size() } else { size.size() };
-        let at = case.at;
-        memory(r, &mut insn, case, bytes as u64, at);
+        match pointers {
+            Some(p) => memory_through(r, &mut insn, case, p, bytes as u64),
+            None => {
+                let at = case.at;
+                memory(r, &mut insn, case, bytes as u64, at);
+            }
+        }
     }
-    adjust(r, &insn, case);
+    if pointers.is_none() {
+        adjust(r, &insn, case);
+    }
     Some(insn)
 }
 
@@ -749,7 +810,7 @@ pub fn encode(insn: &Instruction, bits: u32, at: u64) -> Option<Vec<u8>> {
 /// A case of one form, with what it decodes to. `None`: not this time (no encoding), or never.
 pub fn make(r: &mut Random, code: Code, bits: u32) -> Option<(Case, Instruction)> {
     let mut case = state(r, bits);
-    let insn = operands(r, code, &mut case)?;
+    let insn = operands(r, code, &mut case, None)?;
     let mut bytes = encode(&insn, bits, case.at)?;
     if r.one_in(12) {
         // A prefix that means nothing here, or something.

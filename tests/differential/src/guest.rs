@@ -1,6 +1,6 @@
 //! The executors that emulate: the interpreter and the translator.
 
-use crate::case::{Case, FAILED, Outcome, Regs, TIMEOUT, normalize};
+use crate::case::{FAILED, Outcome, Regs, Start, TIMEOUT, normalize};
 use crate::layout::*;
 use crate::machine::Machine;
 use kvm_core::engine::{Engine, EngineVcpu, Kick};
@@ -78,10 +78,10 @@ fn outcome(cpu: &CpuState, machine: &mut Machine, exit: Exit) -> Outcome {
 }
 
 /// Runs a case in the interpreter.
-pub fn interpret(machine: &mut Machine, case: &Case) -> Outcome {
+pub fn interpret(machine: &mut Machine, case: &Start) -> Outcome {
     let mut cpu = machine.cpu(case.bits);
-    load(&mut cpu, machine, case.bits, &case.regs());
-    case.fill(machine.ram.bytes(USER, USER_SIZE));
+    load(&mut cpu, machine, case.bits, &case.regs);
+    machine.ram.bytes(USER, USER_SIZE).copy_from_slice(&case.memory);
     let mut exit = Exit::Interrupted;
     for _ in 0..LIMIT {
         match x86emu::interp::step(&mut cpu, machine) {
@@ -143,9 +143,9 @@ impl Translator {
 
     /// Runs a case. `fresh`: with all cached translations of addresses dropped, as memory may have
     /// been changed behind the engine's back.
-    pub fn run(&mut self, machine: &mut Machine, case: &Case, fresh: bool) -> Outcome {
-        load(self.vcpu.cpu(), machine, case.bits, &case.regs());
-        case.fill(machine.ram.bytes(USER, USER_SIZE));
+    pub fn run(&mut self, machine: &mut Machine, case: &Start, fresh: bool) -> Outcome {
+        load(self.vcpu.cpu(), machine, case.bits, &case.regs);
+        machine.ram.bytes(USER, USER_SIZE).copy_from_slice(&case.memory);
         if fresh {
             self.vcpu.state_changed();
         }

@@ -5,7 +5,7 @@
 //! signal that the case's exception raises.
 #![expect(unsafe_code, reason = "signal frames, shared memory and a forked child")]
 
-use crate::case::{Case, FAILED, Outcome, Regs, TIMEOUT, host_components, normalize};
+use crate::case::{Start, FAILED, Outcome, Regs, TIMEOUT, host_components, normalize};
 use crate::layout::*;
 use crate::machine::Machine;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -94,7 +94,8 @@ extern "C" fn entry(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
         "mov rax, [rip + {host}]",
         "wrfsbase rax",
         "pushfq",
-        "btr qword ptr [rsp], 18",
+        // AC, NT and ID would stay for the next case.
+        "and dword ptr [rsp], 0xffdbbfff",
         "popfq",
         "cld",
         "sub rsp, 8",
@@ -312,9 +313,9 @@ impl Host {
     }
 
     /// Runs a case.
-    pub fn run(&mut self, machine: &mut Machine, case: &Case) -> Outcome {
-        let regs = case.regs();
-        case.fill(machine.ram.bytes(USER, USER_SIZE));
+    pub fn run(&mut self, machine: &mut Machine, case: &Start) -> Outcome {
+        let regs = &case.regs;
+        machine.ram.bytes(USER, USER_SIZE).copy_from_slice(&case.memory);
         // SAFETY: it is the parent's turn.
         let s = unsafe { &mut *self.shared };
         s.bits = case.bits;

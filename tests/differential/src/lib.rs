@@ -20,5 +20,7 @@ pub mod guest;
 pub mod host;
 pub mod layout;
 pub mod machine;
+pub mod minimize;
 pub mod random;
+pub mod sequence;
 pub mod suite;

@@ -15,6 +15,7 @@ fn main() {
             "--seed" => seed = next().parse().unwrap_or(1),
             "--only" => only = Some(next()),
             "--bits" => bits = next().parse().unwrap_or(64),
+            "--sequences" => {}
             other => {
                 eprintln!("differential: unknown option {other}");
                 std::process::exit(2);
@@ -25,6 +26,9 @@ fn main() {
     let mut r = Random(seed);
     let end = Instant::now() + Duration::from_secs(seconds);
     let list = forms::all(bits);
+    if std::env::args().any(|a| a == "--sequences") {
+        return sequences(&mut suite, &mut r, end, bits);
+    }
     let (mut cases, mut bad) = (0u64, std::collections::BTreeMap::<String, (u32, String)>::new());
     while Instant::now() < end {
         for &code in &list {
@@ -51,4 +55,39 @@ fn main() {
     for (k, (n, text)) in &bad {
         println!("{n:4} {k}: {text}");
     }
+}
+
+fn disassemble(case: &differential::case::Case) {
+    use iced_x86::{Decoder, DecoderOptions, FastFormatter};
+    let mut d = Decoder::with_ip(case.bits, &case.code, case.at, DecoderOptions::NONE);
+    let mut f = FastFormatter::new();
+    while d.can_decode() {
+        let i = d.decode();
+        if matches!(case.code[(i.ip() - case.at) as usize], 0x90 | 0xcc) {
+            continue;
+        }
+        let mut s = String::new();
+        f.format(&i, &mut s);
+        println!("    {:x}: {s}", i.ip());
+    }
+}
+
+fn sequences(suite: &mut Suite, r: &mut Random, end: Instant, bits: u32) {
+    let pool = differential::sequence::Pool::new(bits);
+    let (mut n, mut bad, mut complete) = (0u64, 0u64, 0u64);
+    while Instant::now() < end && bad < 12 {
+        let seed = r.0;
+        let case = differential::sequence::make(r, &pool);
+        n += 1;
+        let rules = Rules { native: bits == 64, ..Rules::default() };
+        let run = suite.run(&case, rules);
+        complete += u64::from(run.reference.vector == 3);
+        if let Some(d) = run.difference {
+            bad += 1;
+            let (case, d) = differential::minimize::minimize(suite, &case, rules, d);
+            println!("seed {seed:#x}: {} != {}: {} (ends with {} at {:#x})", d.who, d.from, d.what, run.reference.vector, run.reference.regs.rip);
+            disassemble(&case);
+        }
+    }
+    println!("{n} sequences, {complete} to the end, {bad} differ");
 }

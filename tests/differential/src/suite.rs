@@ -76,7 +76,8 @@ impl Suite {
 
     /// Runs a case and compares.
     pub fn run(&mut self, case: &Case, rules: Rules) -> Run {
-        let interpreted = interpret(&mut self.machine, case);
+        let start = &case.start();
+        let interpreted = interpret(&mut self.machine, start);
         if interpreted.vector == TIMEOUT {
             return Run { reference: interpreted, difference: None };
         }
@@ -87,7 +88,7 @@ impl Suite {
             }
         };
         let native = match &mut self.host {
-            Some(host) if rules.native => Some(host.run(&mut self.machine, case)),
+            Some(host) if rules.native => Some(host.run(&mut self.machine, start)),
             _ => None,
         };
         if let Some(native) = &native {
@@ -95,15 +96,13 @@ impl Suite {
         } else if interpreted.vector == FAILED {
             note("interpreter", "sense", Some(format!("ends at {:#x}", interpreted.regs.rip)));
         }
-        let cold = self.translator.run(&mut self.machine, case, true);
+        let cold = self.translator.run(&mut self.machine, start, true);
         note("translator", "interpreter", compare(&cold, &interpreted, rules, false, true));
         if rules.twice {
             // Code that was changed behind the translator's back needs the flush.
             let code = crate::layout::CODE.pages.len() * 4096;
-            let mut before = vec![0; interpreted.memory.len()];
-            case.fill(&mut before);
-            let fresh = before[..code] != cold.memory[..code];
-            let warm = self.translator.run(&mut self.machine, case, fresh);
+            let fresh = start.memory[..code] != cold.memory[..code];
+            let warm = self.translator.run(&mut self.machine, start, fresh);
             note("translator, second time", "interpreter", compare(&warm, &interpreted, rules, false, true));
         }
         Run { reference: native.unwrap_or(interpreted), difference }
