@@ -252,8 +252,24 @@ fn op_of(insn: &Instruction, bytes: &[u8], off: u16, ctx: Context) -> Op {
     op(*insn, off, enc, kind, fpu)
 }
 
-fn is_native_branch_size(insn: &Instruction, ctx: Context) -> bool {
+/// The instruction has an operand-size prefix in 64-bit code and no REX.W that overrules it.
+fn narrowed(bytes: &[u8], ctx: Context) -> bool {
+    let prefix = |b: &&u8| {
+        matches!(
+            **b,
+            0x66 | 0x67 | 0xf0 | 0xf2 | 0xf3 | 0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65
+        )
+    };
+    let n = bytes.iter().take_while(prefix).count();
+    let wide = bytes.get(n).is_some_and(|b| b & 0xf8 == 0x48);
+    ctx.code_size() == CodeSize::Bits64 && bytes[..n].contains(&0x66) && !wide
+}
+
+fn is_native_branch_size(insn: &Instruction, bytes: &[u8], ctx: Context) -> bool {
     // Operand-size prefixes on branches truncate RIP: rare, and vendors differ.
+    if narrowed(bytes, ctx) {
+        return false;
+    }
     let wide = match ctx.code_size() {
         CodeSize::Bits64 => matches!(
             insn.op0_kind(),
@@ -301,32 +317,32 @@ fn classify(insn: &Instruction, bytes: &[u8], ctx: Context) -> (Kind, Option<Enc
     match insn.flow_control() {
         FlowControl::ConditionalBranch => {
             let cc = insn.condition_code();
-            let plain = insn.is_jcc_short_or_near() && is_native_branch_size(insn, ctx);
+            let plain = insn.is_jcc_short_or_near() && is_native_branch_size(insn, bytes, ctx);
             if plain && cc != ConditionCode::None {
                 return (Kind::Jcc(cc, target()), None, false);
             }
             return interpret;
         }
         FlowControl::UnconditionalBranch if insn.is_jmp_short_or_near() => {
-            if is_native_branch_size(insn, ctx) {
+            if is_native_branch_size(insn, bytes, ctx) {
                 return (Kind::Jmp(target()), None, false);
             }
             return interpret;
         }
         FlowControl::Call if insn.is_call_near() => {
-            if is_native_branch_size(insn, ctx) && ctx.flat_stack() {
+            if is_native_branch_size(insn, bytes, ctx) && ctx.flat_stack() {
                 return (Kind::Call(target()), None, false);
             }
             return interpret;
         }
         FlowControl::IndirectBranch if insn.is_jmp_near_indirect() => {
-            if is_native_branch_size(insn, ctx) {
+            if is_native_branch_size(insn, bytes, ctx) {
                 return (Kind::JmpIndirect, None, false);
             }
             return interpret;
         }
         FlowControl::IndirectCall if insn.is_call_near_indirect() => {
-            if is_native_branch_size(insn, ctx) && ctx.flat_stack() {
+            if is_native_branch_size(insn, bytes, ctx) && ctx.flat_stack() {
                 return (Kind::CallIndirect, None, false);
             }
             return interpret;
@@ -377,10 +393,13 @@ fn classify(insn: &Instruction, bytes: &[u8], ctx: Context) -> (Kind, Option<Enc
         | M::Prefetcht2
         | M::Prefetchw
         | M::Prefetch
-        | M::Reservednop
         | M::Cldemote => {
             return (Kind::Nop, None, false);
         }
+        // The vendors differ about 0F 0D with a register, and about the size of a 16-bit MOVSXD.
+        M::Reservednop if insn.op0_kind() == OpKind::Register => return interpret,
+        M::Reservednop => return (Kind::Nop, None, false),
+        M::Movsxd if narrowed(bytes, ctx) => return interpret,
         M::Cld if ctx.df_clear() => return (Kind::Nop, None, false),
         M::Push if ctx.flat_stack() => {
             let ok = match insn.code() {

@@ -212,7 +212,7 @@ impl<'a> Runner<'a> {
         };
         let read = x86emu::mem::read_linear(cpu, &mut env, pc, &mut bytes[..len], access);
         if read.is_ok()
-            && let Ok(insn) = x86emu::interp::decode(cpu.code_size(), &bytes[..len], cpu.rip)
+            && let Ok(insn) = x86emu::interp::decode(cpu.code_size(), &bytes[..len], cpu.rip, false)
             && let Some(m) = &mut self.stats.mnemonics
         {
             m[insn.mnemonic() as usize & 4095] += 1;
@@ -514,11 +514,22 @@ impl<'a> Runner<'a> {
         self.world.epoch()
     }
 
-    /// Enters the translation of `gva` into the TLB. False if the access needs the interpreter.
-    fn fill(&mut self, gva: u64, size: u32, write: bool) -> bool {
-        if (gva & 0xfff) + u64::from(size) > 4096 {
-            return false;
+    /// Enters what an access needs into the TLB. False if the access needs the interpreter.
+    fn fill_access(&mut self, gva: u64, word: u32) -> bool {
+        let size = u64::from(word >> meta::SIZE_SHIFT);
+        let write = word & meta::WRITE != 0;
+        let crosses = (gva & 0xfff) + size > 4096;
+        if !crosses {
+            return self.fill(gva, write);
         }
+        // Both pages at once: the bounce stub, which comes next, needs both.
+        word & meta::BOUNCE != 0
+            && self.fill(gva, write)
+            && self.fill((gva | 0xfff).wrapping_add(1), write)
+    }
+
+    /// Enters the translation of `gva` into the TLB. False if it has none that may be cached.
+    fn fill(&mut self, gva: u64, write: bool) -> bool {
         let which = Context(self.vm.ctx).tlb();
         let VcpuMem { cpu, caches, .. } = &mut *self.vm;
         if !paging::canonical(cpu, gva) {
@@ -601,7 +612,7 @@ extern "sysv64" fn helper_memory(vm: *mut VcpuMem, ret: *const u8) -> u64 {
     let (r, w, retry) = unsafe { (runner(vm), word(ret), relative(ret.add(4))) };
     let epoch = r.epoch();
     let gva = r.vm.t;
-    if r.fill(gva, w >> meta::SIZE_SHIFT, w & meta::WRITE != 0) && r.epoch() == epoch {
+    if r.fill_access(gva, w) && r.epoch() == epoch {
         if w & meta::FPU == 0 {
             r.vm.fpu_reload = 0;
         }

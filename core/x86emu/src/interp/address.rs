@@ -128,8 +128,15 @@ pub(crate) fn address_size(insn: &Instruction) -> usize {
 /// Segment index and offset of the explicit memory operand, without a vector index.
 #[inline]
 pub(crate) fn effective_address(cpu: &CpuState, insn: &Instruction) -> (usize, u64) {
-    let seg = segment_index(insn.memory_segment());
     let base = insn.memory_base();
+    let mut seg = segment_index(insn.memory_segment());
+    if seg < sreg::FS && insn.has_segment_prefix() && cpu.code_size() == CodeSize::Bits64 {
+        // ES, CS, SS and DS prefixes mean nothing in 64-bit mode.
+        seg = match gpr_name(base) {
+            Some(name) if matches!(name.number, 4 | 5) => sreg::SS,
+            _ => sreg::DS,
+        };
+    }
     let mut offset = insn.memory_displacement64();
     let mut size = 0;
     if base == Register::RIP {
@@ -194,10 +201,21 @@ impl<E: Env + ?Sized> Step<'_, E> {
 
     #[cold]
     fn check_alignment(&self, address: u64, len: usize) -> Result<(), Stop> {
+        use iced_x86::Mnemonic as M;
+        // Accesses under a vector's mask are not checked.
+        let masked = matches!(
+            self.insn.mnemonic(),
+            M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq
+        );
+        if self.insn.is_vsib() || masked {
+            return Ok(());
+        }
         let align = match len {
-            2 => 2,
-            4 => 4,
-            8 | 10 | 16 | 32 | 64 => 8,
+            2 | 4 | 8 | 16 | 32 | 64 => len as u64,
+            10 => 8,
+            // The environments of FLDENV, FNSAVE and their siblings.
+            28 | 108 => 4,
+            14 | 94 => 2,
             _ => 1,
         };
         if address & (align - 1) != 0 {

@@ -1,7 +1,7 @@
 //! Gathers and scatters: one element after the other, lowest first. A fault leaves the elements
 //! before it done and their mask bits clear, so that the instruction goes on where it stopped.
 
-use super::address::{address_size, gpr_name, segment_index, size_mask};
+use super::address::{address_size, effective_address, gpr_name, size_mask};
 use super::vector;
 use super::{Flow, Step};
 use crate::env::{Env, Stop};
@@ -130,7 +130,7 @@ impl<E: Env + ?Sized> Step<'_, E> {
     /// VGATHER and VPGATHER.
     pub(super) fn gather(&mut self) -> Result<Flow, Stop> {
         let plan = self.plan(self.insn.op0_register())?;
-        let seg = segment_index(self.insn.memory_segment());
+        let (seg, _) = effective_address(self.cpu, self.insn);
         let indices = vector::zmm(&self.cpu.xsave, plan.index);
         let mut value = vector::zmm(&self.cpu.xsave, plan.data);
         for n in 0..plan.count {
@@ -163,7 +163,7 @@ impl<E: Env + ?Sized> Step<'_, E> {
     /// VSCATTER and VPSCATTER.
     pub(super) fn scatter(&mut self) -> Result<Flow, Stop> {
         let plan = self.plan(self.insn.op1_register())?;
-        let seg = segment_index(self.insn.memory_segment());
+        let (seg, _) = effective_address(self.cpu, self.insn);
         let indices = vector::zmm(&self.cpu.xsave, plan.index);
         let value = vector::zmm(&self.cpu.xsave, plan.data);
         for n in 0..plan.count {

@@ -9,12 +9,26 @@ use crate::env::{Env, Stop};
 use crate::paging::Access;
 use crate::state::{CodeSize, gpr, sreg};
 use core::sync::atomic::{Ordering, fence};
-use iced_x86::{Mnemonic, OpKind, Register};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
+
+fn prefetch_register(insn: &Instruction) -> bool {
+    let code = matches!(
+        insn.code(),
+        Code::Reservednop_rm16_r16_0F0D
+            | Code::Reservednop_rm32_r32_0F0D
+            | Code::Reservednop_rm64_r64_0F0D
+    );
+    code && insn.op0_kind() == OpKind::Register
+}
 
 impl<E: Env + ?Sized> Step<'_, E> {
     pub(super) fn hint(&mut self, traits: Traits) -> Result<Flow, Stop> {
         use Mnemonic as M;
         match self.insn.mnemonic() {
+            // 0F 0D is PREFETCH, which has no register form on AMD processors.
+            M::Reservednop if self.env.features().amd && prefetch_register(self.insn) => {
+                return Err(Stop::ud());
+            }
             M::Cld => self.cpu.rflags &= !DF,
             M::Std => self.cpu.rflags |= DF,
             M::Cpuid => self.cpuid(),

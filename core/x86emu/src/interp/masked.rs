@@ -26,6 +26,30 @@ fn packed(m: Mnemonic) -> bool {
     )
 }
 
+/// The memory operand is repeated over the vector.
+fn broadcasts(m: Mnemonic) -> bool {
+    use Mnemonic::*;
+    matches!(
+        m,
+        Vbroadcastss
+            | Vbroadcastsd
+            | Vpbroadcastb
+            | Vpbroadcastw
+            | Vpbroadcastd
+            | Vpbroadcastq
+            | Vbroadcastf32x2
+            | Vbroadcastf32x4
+            | Vbroadcastf32x8
+            | Vbroadcastf64x2
+            | Vbroadcastf64x4
+            | Vbroadcasti32x2
+            | Vbroadcasti32x4
+            | Vbroadcasti32x8
+            | Vbroadcasti64x2
+            | Vbroadcasti64x4
+    )
+}
+
 /// EVEX instructions whose mask applies to the result only: they mix the elements of the memory
 /// operand, or use it as a whole (exception types E4NF, E5NF, E6NF).
 pub(super) fn unconditional(insn: &Instruction) -> bool {
@@ -106,16 +130,6 @@ pub(super) fn unconditional(insn: &Instruction) -> bool {
             | Vinserti32x8
             | Vinserti64x2
             | Vinserti64x4
-            | Vbroadcastf32x2
-            | Vbroadcastf32x4
-            | Vbroadcastf32x8
-            | Vbroadcastf64x2
-            | Vbroadcastf64x4
-            | Vbroadcasti32x2
-            | Vbroadcasti32x4
-            | Vbroadcasti32x8
-            | Vbroadcasti64x2
-            | Vbroadcasti64x4
             | Vgf2p8affineqb
             | Vgf2p8affineinvqb
     )
@@ -156,6 +170,13 @@ impl<E: Env + ?Sized> Step<'_, E> {
             };
             let any = mask & (u64::MAX >> (64 - lanes)) != 0;
             return (element, u64::from(any));
+        }
+        if broadcasts(insn.mnemonic()) {
+            // Element n goes to lanes n, n + count, n + 2 * count…
+            let lanes = (insn.op0_register().size() / element).clamp(1, 64) as u32;
+            let live = mask & (u64::MAX >> (64 - lanes));
+            let folded = (0..64 / count).fold(0, |bits, n| bits | live >> (n * count));
+            return (element, folded & all);
         }
         if packed(insn.mnemonic()) {
             let n = (mask & all).count_ones();

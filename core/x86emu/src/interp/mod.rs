@@ -104,13 +104,16 @@ pub fn step_decoded<E: Env + ?Sized>(
 /// Decodes at most one instruction from `bytes` at `rip`, as the interpreter does; also for the
 /// translator, so that both see the same instructions.
 ///
+/// `amd`: as AMD's processors do, where an operand-size prefix makes branches of 64-bit code 16 bits
+/// wide.
+///
 /// # Errors
 /// `true`: `bytes` end within the instruction. `false`: #UD.
-pub fn decode(mode: CodeSize, bytes: &[u8], rip: u64) -> Result<Instruction, bool> {
+pub fn decode(mode: CodeSize, bytes: &[u8], rip: u64, amd: bool) -> Result<Instruction, bool> {
     let mut insn = Instruction::default();
     let bytes = bytes.get(..MAX_INSN).unwrap_or(bytes);
     let bits = mode as u32;
-    let mut decoder = Decoder::with_ip(bits, bytes, rip, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(bits, bytes, rip, decoder_options(amd));
     decoder.decode_out(&mut insn);
     match decoder.last_error() {
         DecoderError::None => Ok(insn),
@@ -127,6 +130,15 @@ fn too_long(bits: u32, bytes: &[u8]) -> bool {
     let mut decoder = Decoder::new(bits, &bytes[1..], DecoderOptions::NONE);
     decoder.decode_out(&mut Instruction::default());
     decoder.last_error() == DecoderError::NoMoreBytes
+}
+
+/// The options that [`decode`] uses.
+pub fn decoder_options(amd: bool) -> u32 {
+    if amd {
+        DecoderOptions::AMD
+    } else {
+        DecoderOptions::NONE
+    }
 }
 
 /// The hint-NOP opcodes that iced only knows when told to.
@@ -165,7 +177,7 @@ fn fetch<E: Env + ?Sized>(
     };
     let first = allowed.min(4096 - (address as usize & 0xfff));
     read_code(cpu, env, address, &mut bytes[..first])?;
-    match decode(mode, &bytes[..first], rip) {
+    match decode(mode, &bytes[..first], rip, env.features().amd) {
         Ok(insn) => return Ok(insn),
         Err(false) => return Err(Stop::ud()),
         Err(true) if first == allowed => return Err(Stop::gp(0)),
@@ -180,7 +192,7 @@ fn fetch<E: Env + ?Sized>(
         next &= 0xffff_ffff;
     }
     read_code(cpu, env, next, &mut bytes[first..allowed])?;
-    match decode(mode, &bytes[..allowed], rip) {
+    match decode(mode, &bytes[..allowed], rip, env.features().amd) {
         Ok(insn) => Ok(insn),
         Err(false) => Err(Stop::ud()),
         Err(true) => Err(Stop::gp(0)),

@@ -195,10 +195,57 @@ impl<E: Env + ?Sized> Step<'_, E> {
         // SIB index 4 is none.
         native.enc.set_memory(HostMem::BaseIndex(base, 4));
         native.base = Some(base);
-        let write = traits.writes();
         if self.conditional() {
-            return self.native_masked(native, traits, seg, offset, size);
+            return match self.native_masked(&mut native, traits, seg, offset, size) {
+                Err(stop) => Err(self.first_fault(&mut native, traits, (seg, offset), stop)),
+                done => done,
+            };
         }
+        match self.native_at(&mut native, traits, seg, offset, size) {
+            Err(stop) => Err(self.first_fault(&mut native, traits, (seg, offset), stop)),
+            done => done,
+        }
+    }
+
+    /// An instruction that the host does not have is #UD, and one that wants its operand aligned is
+    /// #GP, before the operand's page or RFLAGS.AC is looked at: the host tells on other memory.
+    #[cold]
+    fn first_fault(
+        &mut self,
+        native: &mut Native,
+        traits: Traits,
+        (seg, offset): (usize, u64),
+        stop: Stop,
+    ) -> Stop {
+        let late = matches!(stop, Stop::Exception(e) if matches!(e.vector, 12..=14 | 17));
+        let Some(base) = native.base.filter(|_| late) else {
+            return stop;
+        };
+        let mut buffer = Bounce([0; MAX_OPERAND + 64]);
+        let at = (offset.wrapping_add(self.cpu.seg[seg].base) & 63) as usize;
+        native.enc.clear_lock();
+        native.regs.gpr[usize::from(base)] = buffer.0.as_mut_ptr().expose_provenance() as u64;
+        native.regs.gpr[usize::from(base)] += at as u64;
+        let mut area = traits
+            .vector_state()
+            .then(|| Box::new(self.cpu.xsave.clone()));
+        match self.launch(native, area.as_deref_mut()) {
+            Err(first) if first == Stop::ud() || first == Stop::gp(0) => first,
+            _ => stop,
+        }
+    }
+
+    /// Executes with the memory operand at `offset`.
+    fn native_at(
+        &mut self,
+        native: &mut Native,
+        traits: Traits,
+        seg: usize,
+        offset: u64,
+        size: usize,
+    ) -> Result<Flow, Stop> {
+        let write = traits.writes();
+        let base = native.base.ok_or_else(Stop::ud)?;
         let address = self.address(seg, offset, size, write)?;
         if (address & 0xfff) as usize + size <= 4096 {
             let access = Access {
@@ -208,13 +255,13 @@ impl<E: Env + ?Sized> Step<'_, E> {
             let gpa = self.env.translate(self.cpu, address, access)?.gpa;
             if let Some(ptr) = self.env.host_ptr(gpa, size, write) {
                 native.regs.gpr[usize::from(base)] = ptr.expose_provenance() as u64;
-                match self.launch_here(&mut native, traits) {
+                match self.launch_here(native, traits) {
                     // The host refuses split locks: without LOCK then.
                     Err(stop) if stop == Stop::ac() && self.locked() => {}
                     Err(stop) => return Err(stop),
                     Ok(()) => {
                         self.watch(address, size, write);
-                        self.commit(&native, traits);
+                        self.commit(native, traits);
                         return Ok(Flow::Next);
                     }
                 }
@@ -264,7 +311,7 @@ impl<E: Env + ?Sized> Step<'_, E> {
     /// Through a buffer: page-crossing operands and devices.
     fn bounce(
         &mut self,
-        mut native: Native,
+        native: &mut Native,
         traits: Traits,
         address: u64,
         size: usize,
@@ -290,8 +337,8 @@ impl<E: Env + ?Sized> Step<'_, E> {
             native.regs.gpr[usize::from(base)] = start as u64;
         }
         if !traits.writes() {
-            self.launch_here(&mut native, traits)?;
-            self.commit(&native, traits);
+            self.launch_here(native, traits)?;
+            self.commit(native, traits);
             return Ok(Flow::Next);
         }
         // A device write may have to be repeated, so the vector state changes only afterwards.
@@ -300,7 +347,7 @@ impl<E: Env + ?Sized> Step<'_, E> {
         } else {
             None
         };
-        let done = self.launch(&mut native, area.as_deref_mut());
+        let done = self.launch(native, area.as_deref_mut());
         self.keep_mxcsr(area.as_deref(), done)?;
         let data = buffer.0;
         let data = &data[at..at + size];
@@ -314,7 +361,7 @@ impl<E: Env + ?Sized> Step<'_, E> {
         if let Some(area) = area {
             self.cpu.xsave = *area;
         }
-        self.commit(&native, traits);
+        self.commit(native, traits);
         Ok(Flow::Next)
     }
 
@@ -357,7 +404,7 @@ impl<E: Env + ?Sized> Step<'_, E> {
     /// Masked loads and stores.
     fn native_masked(
         &mut self,
-        mut native: Native,
+        native: &mut Native,
         traits: Traits,
         seg: usize,
         offset: u64,
@@ -377,9 +424,9 @@ impl<E: Env + ?Sized> Step<'_, E> {
                 && let Some(base) = native.base
             {
                 native.regs.gpr[usize::from(base)] = ptr.expose_provenance() as u64;
-                self.launch_here(&mut native, traits)?;
+                self.launch_here(native, traits)?;
                 self.watch(address, size, write);
-                self.commit(&native, traits);
+                self.commit(native, traits);
                 return Ok(Flow::Next);
             }
         }
@@ -390,7 +437,7 @@ impl<E: Env + ?Sized> Step<'_, E> {
     /// would fault as a whole.
     fn masked_bounce(
         &mut self,
-        mut native: Native,
+        native: &mut Native,
         traits: Traits,
         seg: usize,
         offset: u64,
@@ -438,7 +485,7 @@ impl<E: Env + ?Sized> Step<'_, E> {
             native.regs.gpr[usize::from(base)] = start as u64;
         }
         let mut area = Box::new(self.cpu.xsave.clone());
-        let done = self.launch(&mut native, Some(&mut area));
+        let done = self.launch(native, Some(&mut area));
         self.keep_mxcsr(Some(&area), done)?;
         if write {
             let data = buffer.0;
@@ -452,7 +499,7 @@ impl<E: Env + ?Sized> Step<'_, E> {
             }
         }
         self.cpu.xsave = *area;
-        self.commit(&native, traits);
+        self.commit(native, traits);
         Ok(Flow::Next)
     }
 }

@@ -208,7 +208,7 @@ impl<E: Env + ?Sized> Step<'_, E> {
         self.env.translate(self.cpu, address, access)?;
         let last = address.wrapping_add(len.max(1) as u64 - 1);
         if last >> 12 != address >> 12 {
-            self.env.translate(self.cpu, last, access)?;
+            self.env.translate(self.cpu, last & !0xfff, access)?;
         }
         Ok(())
     }

@@ -327,11 +327,12 @@ impl<E: Env + ?Sized> Step<'_, E> {
 
     /// INS: one element.
     pub(super) fn ins(&mut self) -> Result<Flow, Stop> {
+        // The port is checked even if the count is zero.
+        let port = self.cpu.gpr[gpr::RDX] as u16;
+        self.check_port(port, self.insn.memory_size().size())?;
         let Some(shape) = self.shape() else {
             return Ok(Flow::Next);
         };
-        let port = self.cpu.gpr[gpr::RDX] as u16;
-        self.check_port(port, shape.size)?;
         let offset = self.sized(gpr::RDI, shape.width);
         // The device must not be read if the store would fault.
         let address = self.address(sreg::ES, offset, shape.size, true)?;
@@ -344,11 +345,11 @@ impl<E: Env + ?Sized> Step<'_, E> {
 
     /// OUTS: one element.
     pub(super) fn outs(&mut self) -> Result<Flow, Stop> {
+        let port = self.cpu.gpr[gpr::RDX] as u16;
+        self.check_port(port, self.insn.memory_size().size())?;
         let Some(shape) = self.shape() else {
             return Ok(Flow::Next);
         };
-        let port = self.cpu.gpr[gpr::RDX] as u16;
-        self.check_port(port, shape.size)?;
         let offset = self.sized(gpr::RSI, shape.width);
         let value = self.load(self.source_segment(), offset, shape.size)?;
         self.port_write(port, shape.size, value)?;

@@ -227,6 +227,7 @@ impl<E: Env + ?Sized> Step<'_, E> {
     fn xsave(&mut self, address: u64, mask: u64, wide: bool, optimized: bool) -> Result<(), Stop> {
         let in_use = vector::xstate_bv(&self.cpu.xsave);
         let write = if optimized { mask & in_use } else { mask };
+        self.probe_write(address, EXTENDED)?;
         let mut old = [0; 8];
         self.read_at(address.wrapping_add(512), &mut old)?;
         let image = self.legacy_image(wide);

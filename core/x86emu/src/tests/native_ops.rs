@@ -91,7 +91,7 @@ impl Bench {
             return Ok(false);
         }
         let code = encoder.take_buffer();
-        let Ok(back) = decode(CodeSize::Bits64, &code, 0x1000) else {
+        let Ok(back) = decode(CodeSize::Bits64, &code, 0x1000, false) else {
             return Ok(false);
         };
         if back.code() != insn.code() {
@@ -229,7 +229,7 @@ impl Bench {
             return Ok(false);
         }
         let (code, wide_code) = (encoder.take_buffer(), wide_encoder.take_buffer());
-        let Ok(back) = decode(bits, &code, 0x1000) else {
+        let Ok(back) = decode(bits, &code, 0x1000, false) else {
             return Ok(false);
         };
         if back.code() != insn.code() {
