@@ -39,6 +39,14 @@ impl Apt {
     /// # Errors
     /// If the directory cannot be written.
     pub fn new(directory: &Path) -> Result<Self, Error> {
+        Self::with_settings(directory, "")
+    }
+
+    /// As [`Apt::new`], with further settings, as in `apt.conf`: other sources, another architecture.
+    ///
+    /// # Errors
+    /// If the directory cannot be written.
+    pub fn with_settings(directory: &Path, settings: &str) -> Result<Self, Error> {
         let apt = Self {
             directory: directory.to_owned(),
             config: directory.join("apt.conf"),
@@ -56,7 +64,7 @@ impl Apt {
         };
         // No package is installed here, so that what the host has does not matter.
         write(&directory.join("status"), "")?;
-        write(&apt.config, &apt.configuration()?)?;
+        write(&apt.config, &(apt.configuration()? + settings))?;
         Ok(apt)
     }
 

@@ -10,11 +10,11 @@
 //! The packages are kept in the store too: a newer AnyKVM with another `/init` makes its initial
 //! file system from them without a network.
 
-mod apt;
-mod cpio;
-mod deb;
+pub mod apt;
+pub mod cpio;
+pub mod deb;
 pub mod initramfs;
-mod modules;
+pub mod modules;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};

@@ -28,7 +28,7 @@ pub fn name_of(path: &str) -> Option<String> {
 /// The `depends=` entry of a module's `.modinfo` section.
 ///
 /// # Errors
-/// If `module` is not a 64-bit little-endian ELF file with such a section.
+/// If `module` is not a little-endian ELF file with such a section.
 pub fn dependencies(name: &str, module: &[u8]) -> Result<Vec<String>, Error> {
     let info = modinfo_section(module).ok_or_else(|| {
         Error::new(format!(
@@ -44,22 +44,53 @@ pub fn dependencies(name: &str, module: &[u8]) -> Result<Vec<String>, Error> {
         .collect())
 }
 
-/// Finds the section `.modinfo` by the ELF section headers (ELF-64 object file format).
+/// Where the fields of a file header and of a section header are (ELF-32 and ELF-64 object file
+/// formats): offset and size.
+struct Fields {
+    table: (usize, usize),
+    entry_size: usize,
+    count: usize,
+    names_index: usize,
+    section_start: (usize, usize),
+    section_size: (usize, usize),
+}
+
+const ELF32: Fields = Fields {
+    table: (0x20, 4),
+    entry_size: 0x2e,
+    count: 0x30,
+    names_index: 0x32,
+    section_start: (0x10, 4),
+    section_size: (0x14, 4),
+};
+const ELF64: Fields = Fields {
+    table: (0x28, 8),
+    entry_size: 0x3a,
+    count: 0x3c,
+    names_index: 0x3e,
+    section_start: (0x18, 8),
+    section_size: (0x20, 8),
+};
+
+/// Finds the section `.modinfo` by the ELF section headers.
 fn modinfo_section(elf: &[u8]) -> Option<&[u8]> {
-    if elf.get(..6)? != b"\x7fELF\x02\x01" {
-        return None;
-    }
-    let table = number(elf, 0x28, 8)?;
-    let entry_size = number(elf, 0x3a, 2)?;
-    let count = number(elf, 0x3c, 2)?;
-    let names_index = number(elf, 0x3e, 2)?;
+    let fields = match elf.get(..6)? {
+        b"\x7fELF\x01\x01" => ELF32,
+        b"\x7fELF\x02\x01" => ELF64,
+        _ => return None,
+    };
+    let table = number(elf, fields.table.0, fields.table.1)?;
+    let entry_size = number(elf, fields.entry_size, 2)?;
+    let count = number(elf, fields.count, 2)?;
+    let names_index = number(elf, fields.names_index, 2)?;
     let header = |index: usize| {
         let start = table.checked_add(index.checked_mul(entry_size)?)?;
         elf.get(start..start.checked_add(entry_size)?)
     };
     let content = |header: &[u8]| {
-        let start = number(header, 0x18, 8)?;
-        elf.get(start..start.checked_add(number(header, 0x20, 8)?)?)
+        let start = number(header, fields.section_start.0, fields.section_start.1)?;
+        let size = number(header, fields.section_size.0, fields.section_size.1)?;
+        elf.get(start..start.checked_add(size)?)
     };
     let names = content(header(names_index)?)?;
     (0..count).filter_map(header).find_map(|header| {
@@ -135,6 +166,30 @@ mod tests {
         elf
     }
 
+    /// The same for a 32-bit kernel.
+    fn module32(info: &[u8]) -> Vec<u8> {
+        let names = b"\0.modinfo\0";
+        let mut elf = vec![0; 52];
+        elf[..6].copy_from_slice(b"\x7fELF\x01\x01");
+        let table_at = (52 + names.len() + info.len()) as u32;
+        elf[0x20..0x24].copy_from_slice(&table_at.to_le_bytes());
+        elf[0x2e..0x30].copy_from_slice(&40u16.to_le_bytes());
+        elf[0x30..0x32].copy_from_slice(&2u16.to_le_bytes());
+        elf.extend_from_slice(names);
+        elf.extend_from_slice(info);
+        for (name, start, size) in [
+            (0u32, 52, names.len()),
+            (1, 52 + names.len(), info.len()),
+        ] {
+            let mut header = vec![0; 40];
+            header[..4].copy_from_slice(&name.to_le_bytes());
+            header[0x10..0x14].copy_from_slice(&(start as u32).to_le_bytes());
+            header[0x14..0x18].copy_from_slice(&(size as u32).to_le_bytes());
+            elf.extend(header);
+        }
+        elf
+    }
+
     #[test]
     fn reads_the_dependencies() {
         let elf = module(b"name=virtio_net\0depends=virtio_ring,net-failover\0retpoline=Y\0");
@@ -142,6 +197,8 @@ mod tests {
         assert_eq!(found, ["virtio_ring", "net_failover"]);
         let elf = module(b"depends=\0");
         assert!(dependencies("x", &elf).unwrap().is_empty());
+        let elf = module32(b"depends=virtio_ring\0");
+        assert_eq!(dependencies("virtio_net", &elf).unwrap(), ["virtio_ring"]);
     }
 
     #[test]

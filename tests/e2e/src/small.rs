@@ -1,0 +1,1 @@
+//! Guests of a few instructions, and machines for them.
