@@ -254,15 +254,17 @@ fn op_of(insn: &Instruction, bytes: &[u8], off: u16, ctx: Context) -> Op {
 
 /// The instruction has an operand-size prefix in 64-bit code and no REX.W that overrules it.
 fn narrowed(bytes: &[u8], ctx: Context) -> bool {
-    let prefix = |b: &&u8| {
-        matches!(
-            **b,
-            0x66 | 0x67 | 0xf0 | 0xf2 | 0xf3 | 0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65
-        )
-    };
-    let n = bytes.iter().take_while(prefix).count();
-    let wide = bytes.get(n).is_some_and(|b| b & 0xf8 == 0x48);
-    ctx.code_size() == CodeSize::Bits64 && bytes[..n].contains(&0x66) && !wide
+    let (mut narrow, mut wide) = (false, false);
+    for b in bytes {
+        match b {
+            // Only the last REX counts, if no other prefix follows.
+            0x40..=0x4f => wide = b & 8 != 0,
+            0x66 => (narrow, wide) = (true, false),
+            0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65 | 0x67 | 0xf0 | 0xf2 | 0xf3 => wide = false,
+            _ => break,
+        }
+    }
+    ctx.code_size() == CodeSize::Bits64 && narrow && !wide
 }
 
 fn is_native_branch_size(insn: &Instruction, bytes: &[u8], ctx: Context) -> bool {
@@ -353,7 +355,7 @@ fn classify(insn: &Instruction, bytes: &[u8], ctx: Context) -> (Kind, Option<Enc
                 Code::Retnd | Code::Retnd_imm16 => !long,
                 _ => false,
             };
-            if near && ctx.flat_stack() {
+            if near && ctx.flat_stack() && !narrowed(bytes, ctx) {
                 let imm = if insn.op_count() == 1 {
                     insn.immediate16()
                 } else {

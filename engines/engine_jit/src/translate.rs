@@ -1248,6 +1248,17 @@ fn in_place(insn: &Instruction, enc: &Encoding, slots: &[Slot]) -> Option<Encodi
     if s.fields.as_slice() != [Field::Rm] || enc.rm_in_opcode() || enc.form() != Form::Legacy {
         return None;
     }
+    use iced_x86::Mnemonic as M;
+    let other = match insn.mnemonic() {
+        // With a memory operand, the bit may lie beyond it.
+        M::Bt | M::Bts | M::Btr | M::Btc => insn.op1_kind() == OpKind::Register,
+        // They store less than they put into a register.
+        M::Pextrb | M::Pextrw | M::Extractps => true,
+        _ => false,
+    };
+    if other {
+        return None;
+    }
     let i = (0..insn.op_count()).find(|&i| gpr_field(insn, i) == Some(Field::Rm))?;
     use iced_x86::OpCodeOperandKind as K;
     let size = match insn.op_code().try_op_kind(i).ok()? {

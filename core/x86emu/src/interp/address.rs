@@ -211,7 +211,8 @@ impl<E: Env + ?Sized> Step<'_, E> {
             return Ok(());
         }
         let align = match len {
-            2 | 4 | 8 | 16 | 32 | 64 => len as u64,
+            2 | 4 | 8 | 16 => len as u64,
+            32 | 64 => 16,
             10 => 8,
             // The environments of FLDENV, FNSAVE and their siblings.
             28 | 108 => 4,

@@ -7,9 +7,9 @@ use crate::bits::*;
 use crate::control;
 use crate::env::{Env, Stop};
 use crate::paging::Access;
-use crate::state::{CodeSize, gpr, sreg};
+use crate::state::{gpr, sreg};
 use core::sync::atomic::{Ordering, fence};
-use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 fn prefetch_register(insn: &Instruction) -> bool {
     let code = matches!(
@@ -80,11 +80,10 @@ impl<E: Env + ?Sized> Step<'_, E> {
 
     /// CLZERO: the cache line that rAX points into.
     fn clzero(&mut self) -> Result<(), Stop> {
-        let width = match self.insn.op0_register() {
-            Register::AX => 2,
-            Register::EAX => 4,
-            _ if self.mode == CodeSize::Bits64 => 8,
-            _ => 4,
+        let width = match self.insn.code() {
+            Code::Clzerow => 2,
+            Code::Clzerod => 4,
+            _ => 8,
         };
         let seg = segment_index(self.insn.segment_prefix());
         let offset = self.sized(gpr::RAX, width) & !63;

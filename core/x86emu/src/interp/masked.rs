@@ -26,6 +26,22 @@ fn packed(m: Mnemonic) -> bool {
     )
 }
 
+/// Stores that need all of the operand to be writable, whatever the mask (exception type E6NF).
+pub(super) fn extracts(m: Mnemonic) -> bool {
+    use Mnemonic::*;
+    matches!(
+        m,
+        Vextractf32x4
+            | Vextractf32x8
+            | Vextractf64x2
+            | Vextractf64x4
+            | Vextracti32x4
+            | Vextracti32x8
+            | Vextracti64x2
+            | Vextracti64x4
+    )
+}
+
 /// The memory operand is repeated over the vector.
 fn broadcasts(m: Mnemonic) -> bool {
     use Mnemonic::*;
@@ -121,7 +137,6 @@ pub(super) fn unconditional(insn: &Instruction) -> bool {
             | Vpconflictd
             | Vpconflictq
             | Vdbpsadbw
-            | Vpshufbitqmb
             | Vinsertf32x4
             | Vinsertf32x8
             | Vinsertf64x2
@@ -132,7 +147,36 @@ pub(super) fn unconditional(insn: &Instruction) -> bool {
             | Vinserti64x4
             | Vgf2p8affineqb
             | Vgf2p8affineinvqb
+            | Vcvtne2ps2bf16
     )
+}
+
+/// Bytes of the memory operand that one mask bit governs, where that is not its element type:
+/// products of neighbouring elements.
+fn masked_element(m: Mnemonic) -> Option<usize> {
+    use Mnemonic::*;
+    match m {
+        Vpmaddubsw => Some(2),
+        Vpdpbusd | Vpdpbusds | Vpdpwssd | Vpdpwssds | Vdpbf16ps | Vpmaddwd => Some(4),
+        Vpmuldq | Vpmuludq => Some(8),
+        _ => None,
+    }
+}
+
+/// Bytes of the vectors that an instruction with an embedded broadcast works on.
+fn vector_size(insn: &Instruction) -> usize {
+    use iced_x86::OpCodeOperandKind as K;
+    let op = insn.op_code();
+    op.op_kinds()
+        .iter()
+        .map(|kind| match kind {
+            K::xmm_or_mem | K::xmm_reg | K::xmm_vvvv => 16,
+            K::ymm_or_mem | K::ymm_reg | K::ymm_vvvv => 32,
+            K::zmm_or_mem | K::zmm_reg | K::zmm_vvvv => 64,
+            _ => 0,
+        })
+        .max()
+        .unwrap_or(0)
 }
 
 impl<E: Env + ?Sized> Step<'_, E> {
@@ -143,7 +187,10 @@ impl<E: Env + ?Sized> Step<'_, E> {
         let element = if insn.is_broadcast() {
             size
         } else {
-            insn.memory_size().element_size().clamp(1, size.max(1))
+            let natural = insn.memory_size().element_size();
+            masked_element(insn.mnemonic())
+                .unwrap_or(natural)
+                .clamp(1, size.max(1))
         };
         let count = (size / element).clamp(1, 64) as u32;
         let all = u64::MAX >> (64 - count);
@@ -162,12 +209,7 @@ impl<E: Env + ?Sized> Step<'_, E> {
         let mask = vector::opmask(area, insn.op_mask().number());
         if insn.is_broadcast() {
             // Which elements of the vector there are decides whether the one access happens.
-            let lanes = (insn.op0_register().size() / size.max(1)).clamp(1, 64) as u32;
-            let lanes = if insn.op0_register().is_k() {
-                64
-            } else {
-                lanes
-            };
+            let lanes = (vector_size(insn) / size.max(1)).clamp(1, 64) as u32;
             let any = mask & (u64::MAX >> (64 - lanes)) != 0;
             return (element, u64::from(any));
         }

@@ -411,6 +411,10 @@ impl<E: Env + ?Sized> Step<'_, E> {
         size: usize,
     ) -> Result<Flow, Stop> {
         let write = traits.writes();
+        if masked::extracts(self.insn.mnemonic()) {
+            let address = self.address(seg, offset, size, write)?;
+            self.probe_write(address, size)?;
+        }
         // Everything accessible and in one page of RAM: the host's own masking is exact.
         if let Ok(address) = self.address(seg, offset, size, write)
             && (address & 0xfff) as usize + size <= 4096
