@@ -74,6 +74,12 @@ impl Arena {
         self.rx as u64
     }
 
+    /// The code so far, for a disassembler.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: `used <= size`; the bytes are initialized, and change only by patches under `&mut`.
+        unsafe { std::slice::from_raw_parts(self.rw, self.used) }
+    }
+
     /// Bytes handed out.
     pub fn used(&self) -> usize {
         self.used

@@ -42,6 +42,8 @@ pub fn at(base: Reg, disp: i32) -> Mem {
 /// Condition codes, as in Jcc's low opcode bits.
 pub mod cc {
     #![allow(missing_docs)]
+    pub const B: u8 = 2;
+    pub const AE: u8 = 3;
     pub const E: u8 = 4;
     pub const NE: u8 = 5;
     pub const A: u8 = 7;

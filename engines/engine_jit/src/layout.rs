@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use x86emu::state::CpuState;
 
 /// Entries of each software TLB; a power of two.
-pub const TLB_ENTRIES: usize = 1024;
+pub const TLB_ENTRIES: usize = 2048;
 /// Entries of each jump cache; a power of two.
 pub const JUMP_ENTRIES: usize = 4096;
 
@@ -44,6 +44,14 @@ pub struct JumpEntry {
     /// Indirect entry point of its translation.
     pub host: u64,
 }
+
+/// Half of [`Bounce`]: the longest operand.
+pub const BOUNCE_HALF: usize = 64;
+
+/// A buffer for operands that cross a page, aligned so that they are as (mis)aligned as in the guest.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub struct Bounce(pub [u8; 2 * BOUNCE_HALF]);
 
 /// Everything that emitted code addresses. `gs` points at it while guest code runs.
 #[repr(C, align(4096))]
@@ -86,6 +94,14 @@ pub struct VcpuMem {
     pub runner: u64,
     /// Spill slots of emitted code.
     pub spill: [u64; 4],
+    /// Spill slots of the page-crossing stubs.
+    pub cross_spill: [u64; 3],
+    /// Offset in its first page of the operand in `bounce`.
+    pub cross_offset: u64,
+    /// Host addresses of the two pages of a page-crossing write.
+    pub cross_pages: [u64; 2],
+    /// An operand that crosses a page: the end of the first page, then the start of the second.
+    pub bounce: Bounce,
     /// Translation caches.
     pub caches: crate::tlb::Caches,
 }
@@ -124,6 +140,10 @@ offsets! {
     HOST_RSP = host_rsp;
     THIS = this;
     SPILL = spill;
+    CROSS_SPILL = cross_spill;
+    CROSS_OFFSET = cross_offset;
+    CROSS_PAGES = cross_pages;
+    BOUNCE = bounce;
     TLB = caches.tlb;
     JUMPS = caches.jumps;
 }

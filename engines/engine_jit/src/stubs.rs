@@ -1,8 +1,8 @@
 //! The hand-written code at the start of the arena: entry into translated code, and the ways out of
 //! it into Rust.
 
-use crate::asm::{Asm, Mem, Size, cc, reg};
-use crate::layout::{gpr_slot, off};
+use crate::asm::{Asm, Mem, Size, at, cc, reg};
+use crate::layout::{BOUNCE_HALF, TLB_ENTRIES, gpr_slot, off, tlb_base};
 
 /// Guest register held by each host register while translated code runs: RAX-R12 as they are, R13
 /// holds the guest's RSP. The guest's R13-R15 live in memory; R14 and R15 are scratch.
@@ -53,6 +53,12 @@ pub struct Stubs {
     pub dead: u64,
     /// Reached from the signal handler.
     pub fault: u64,
+    /// `call`, by TLB, access and size class: brings an operand that crosses a page into the bounce
+    /// buffer. T holds its linear address. With carry clear, I + T is its host address; with carry
+    /// set nothing has changed. Clobbers flags.
+    pub cross: [[[u64; 4]; 2]; 3],
+    /// `call`: writes the operand of I bytes in the bounce buffer back. Clobbers T and I, no flags.
+    pub commit: u64,
     /// `call`: loads the guest's FPU state. Clobbers nothing but T and I.
     pub load_fpu: u64,
 }
@@ -157,7 +163,105 @@ pub fn emit(a: &mut Asm, helpers: &Helpers, avx: bool) -> Stubs {
     s.poll = exit(a, helpers.poll, Entry::Call);
     s.dead = exit(a, helpers.dead, Entry::Call);
     s.fault = exit(a, helpers.fault, Entry::Jump);
+    for which in 0..3 {
+        for write in 0..2 {
+            for class in 0..4 {
+                s.cross[which][write][class] = a.pc();
+                cross(a, which, write != 0, 8 << class);
+            }
+        }
+    }
+    s.commit = a.pc();
+    commit(a);
     s
+}
+
+/// `[I + T]` is the operand when I is this far from the bounce buffer and T the page offset.
+const BOUNCE_BIAS: i32 = off::BOUNCE + BOUNCE_HALF as i32 - 4096;
+
+fn cross(a: &mut Asm, which: usize, write: bool, bytes: i32) {
+    let tlb = tlb_base(which);
+    let tag = tlb + if write { 8 } else { 0 };
+    let saved = [
+        (reg::RAX, off::CROSS_SPILL),
+        (reg::RCX, off::CROSS_SPILL + 8),
+    ];
+    for (r, slot) in saved {
+        a.store(Size::Q, Mem::Gs(slot), r);
+    }
+    a.mov(reg::RAX, T);
+    a.alu_imm(Size::Q, 4, reg::RAX, -4096);
+    let mut fails = Vec::new();
+    for host in [reg::RCX, I] {
+        a.mov(I, reg::RAX);
+        a.shr(I, 7);
+        a.alu_imm(Size::D, 4, I, ((TLB_ENTRIES - 1) << 5) as i32);
+        a.op_mem(Size::Q, &[0x3b], reg::RAX, Mem::GsBase(I, tag)); // cmp
+        fails.push(a.jcc(cc::NE));
+        a.load(Size::Q, host, Mem::GsBase(I, tlb + 16));
+        if host == reg::RCX {
+            a.alu_imm(Size::Q, 0, reg::RAX, 4096);
+        }
+    }
+    let middle = off::BOUNCE + BOUNCE_HALF as i32;
+    for i in (0..bytes).step_by(8) {
+        a.load(Size::Q, reg::RAX, at(reg::RCX, 4096 - bytes + i));
+        a.store(Size::Q, Mem::Gs(middle - bytes + i), reg::RAX);
+        a.load(Size::Q, reg::RAX, at(I, i));
+        a.store(Size::Q, Mem::Gs(middle + i), reg::RAX);
+    }
+    if write {
+        a.store(Size::Q, Mem::Gs(off::CROSS_PAGES), reg::RCX);
+        a.store(Size::Q, Mem::Gs(off::CROSS_PAGES + 8), I);
+    }
+    a.alu_imm(Size::D, 4, T, 4095); // clears carry
+    if write {
+        a.store(Size::Q, Mem::Gs(off::CROSS_OFFSET), T);
+    }
+    a.load(Size::Q, I, Mem::Gs(off::THIS));
+    a.lea(I, at(I, BOUNCE_BIAS));
+    for (r, slot) in saved {
+        a.load(Size::Q, r, Mem::Gs(slot));
+    }
+    a.bytes(&[0xc3]);
+    for f in fails {
+        a.bind(f);
+    }
+    for (r, slot) in saved {
+        a.load(Size::Q, r, Mem::Gs(slot));
+    }
+    a.bytes(&[0xf9, 0xc3]); // stc; ret
+}
+
+fn commit(a: &mut Asm) {
+    let saved = [
+        (reg::RCX, off::CROSS_SPILL),
+        (reg::RSI, off::CROSS_SPILL + 8),
+        (reg::RDI, off::CROSS_SPILL + 16),
+    ];
+    for (r, slot) in saved {
+        a.store(Size::Q, Mem::Gs(slot), r);
+    }
+    a.load(Size::Q, T, Mem::Gs(off::CROSS_OFFSET));
+    a.load(Size::Q, reg::RSI, Mem::Gs(off::THIS));
+    a.lea(
+        reg::RSI,
+        Mem::Sib(Some(reg::RSI), Some((T, 0)), BOUNCE_BIAS),
+    );
+    a.load(Size::Q, reg::RDI, Mem::Gs(off::CROSS_PAGES));
+    a.lea(reg::RDI, Mem::Sib(Some(reg::RDI), Some((T, 0)), 0));
+    // RCX = 4096 - T, without touching flags.
+    a.mov(reg::RCX, T);
+    a.op_reg(Size::Q, &[0xf7], 2, reg::RCX); // not
+    a.lea(reg::RCX, at(reg::RCX, 4097));
+    a.bytes(&[0xf3, 0xa4]); // rep movsb
+    a.load(Size::Q, reg::RDI, Mem::Gs(off::CROSS_PAGES + 8));
+    a.lea(reg::RCX, Mem::Sib(Some(I), Some((T, 0)), -4096));
+    a.bytes(&[0xf3, 0xa4]);
+    for (r, slot) in saved {
+        a.load(Size::Q, r, Mem::Gs(slot));
+    }
+    a.bytes(&[0xc3]);
 }
 
 enum Entry {

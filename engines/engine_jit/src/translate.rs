@@ -46,6 +46,8 @@ pub mod meta {
     pub const FPU: u32 = 1 << 16;
     /// The instruction always leaves the block.
     pub const LEAVES: u32 = 1 << 18;
+    /// An access that crosses a page can use the bounce buffer.
+    pub const BOUNCE: u32 = 1 << 19;
     /// The access is a write.
     pub const WRITE: u32 = 1 << 17;
     /// Size of the access in bytes.
@@ -61,13 +63,11 @@ enum Flags {
 
 /// Code that is emitted behind the block, where it does not get in the way.
 enum Cold {
-    /// A TLB miss: jump to bind, TLB tag displacement, meta word, where to retry, where to go on,
-    /// whether EFLAGS must be loaded there.
+    /// A TLB miss: of which probe and instruction, where to go on, whether EFLAGS must be loaded
+    /// there.
     Miss {
-        jumps: Vec<usize>,
-        tag: i32,
-        meta: u32,
-        retry: usize,
+        miss: PendingMiss,
+        op: usize,
         resume: usize,
         reload: bool,
     },
@@ -107,6 +107,7 @@ struct Tx<'a> {
     flags: Flags,
     info: InstructionInfoFactory,
     bmi2: bool,
+    map: Vec<(u32, u16)>,
 }
 
 /// Translates `block` to code that will execute at `base`.
@@ -120,6 +121,7 @@ pub fn translate(block: &Decoded, ctx: Context, stubs: &Stubs, base: u64, bmi2: 
         flags: Flags::Host,
         info: InstructionInfoFactory::new(),
         bmi2,
+        map: Vec::with_capacity(block.ops.len()),
     };
     // Indirect entry: T is the linear address, the flags are in memory.
     x.a.alu_imm(Size::Q, 4, T, -4096);
@@ -132,9 +134,8 @@ pub fn translate(block: &Decoded, ctx: Context, stubs: &Stubs, base: u64, bmi2: 
         x.check_fpu();
     }
     let direct_fpu = x.a.here();
-    let mut map = Vec::with_capacity(block.ops.len());
     for op in &block.ops {
-        map.push((x.a.here() as u32, op.off));
+        x.map.push((x.a.here() as u32, op.off));
         x.op(op);
     }
     if !block.closed {
@@ -150,7 +151,7 @@ pub fn translate(block: &Decoded, ctx: Context, stubs: &Stubs, base: u64, bmi2: 
         bytes: x.a.buf,
         direct,
         direct_fpu,
-        map,
+        map: x.map,
     }
 }
 
@@ -669,11 +670,21 @@ impl Tx<'_> {
         a.load(Size::Q, I, Mem::GsBase(I, tlb + 16));
         let meta =
             base_meta | if write { meta::WRITE } else { 0 } | (size as u32) << meta::SIZE_SHIFT;
+        let access = self.a.here();
+        let bounce = if write || size == 1 {
+            Bounce::Never
+        } else {
+            Bounce::Read
+        };
         PendingMiss {
             jump,
             tag,
             meta,
             retry,
+            access,
+            size,
+            bounce,
+            flags: self.flags,
         }
     }
 
@@ -682,48 +693,40 @@ impl Tx<'_> {
         let resume = self.a.here();
         let reload = self.flags == Flags::Host && op.live_after != 0;
         for m in misses {
+            let block = self.block;
+            let index = block.ops.iter().position(|o| o.off == op.off).unwrap_or(0);
             self.cold.push(Cold::Miss {
-                jumps: vec![m.jump],
-                tag: m.tag,
-                meta: m.meta,
-                retry: m.retry,
+                miss: m,
+                op: index,
                 resume,
                 reload,
             });
         }
     }
 
-    fn native(&mut self, op: &Op) {
-        let Some(mut enc) = op.enc else {
-            return self.interpret(op);
-        };
+    /// Takes the operands of a copied instruction apart. `None` if it must be interpreted.
+    fn operands(&mut self, op: &Op) -> Option<Operands> {
         let insn = &op.insn;
-        // Registers that live in memory, each with what is done to it.
-        let mut slots: Vec<Slot> = Vec::new();
-        let mut accesses = [OpAccess::None; 5];
-        {
-            let info = self.info.info(insn);
-            for (i, a) in accesses
-                .iter_mut()
-                .enumerate()
-                .take(insn.op_count() as usize)
-            {
-                *a = info.op_access(i as u32);
-            }
-        }
-        let mut mem_write = false;
-        let mut mem_access = false;
+        let mut o = Operands {
+            enc: op.enc?,
+            slots: Vec::new(),
+            memory: false,
+            write: false,
+            needs: if op.modifies != 0 && op.live_after & !op.kills != 0 {
+                op.live_before
+            } else {
+                op.reads
+            },
+        };
         for i in 0..insn.op_count() {
-            let access = accesses[i as usize];
+            let access = self.info.info(insn).op_access(i);
+            let writes = !matches!(
+                access,
+                OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess
+            );
             if insn.op_kind(i) == OpKind::Memory {
-                mem_access = true;
-                mem_write |= matches!(
-                    access,
-                    OpAccess::Write
-                        | OpAccess::CondWrite
-                        | OpAccess::ReadWrite
-                        | OpAccess::ReadCondWrite
-                );
+                o.memory = true;
+                o.write |= writes;
                 continue;
             }
             let Some(field) = gpr_field(insn, i) else {
@@ -736,87 +739,101 @@ impl Tx<'_> {
             let guest = number(r);
             match host(guest) {
                 Some(h) if h == guest => {}
-                Some(h) => enc.set_register(field, h),
+                Some(h) => o.enc.set_register(field, h),
                 None => {
-                    let read = !matches!(access, OpAccess::Write)
-                        || matches!(insn.op_register(i).size(), 1 | 2);
-                    let write = !matches!(access, OpAccess::Read | OpAccess::None);
-                    if let Some(s) = slots.iter_mut().find(|s| s.guest == guest) {
-                        s.read |= read;
-                        s.write |= write;
+                    let reads = access != OpAccess::Write || matches!(r.size(), 1 | 2);
+                    if let Some(s) = o.slots.iter_mut().find(|s| s.guest == guest) {
+                        s.read |= reads;
+                        s.write |= writes;
                         s.fields.push(field);
                     } else {
-                        slots.push(Slot {
+                        let fields = vec![field];
+                        o.slots.push(Slot {
                             guest,
-                            read,
-                            write,
-                            fields: vec![field],
+                            read: reads,
+                            write: writes,
+                            fields,
                         });
                     }
                 }
             }
         }
-        let partial = op.modifies != 0 && op.live_after & !op.kills != 0;
-        let needs = if partial { op.live_before } else { op.reads };
-        if !mem_access {
-            if slots.len() > 2 || enc_fails(&enc, !slots.is_empty()) {
-                return self.interpret(op);
-            }
-            if needs != 0 {
-                self.restore_flags(op.live_before, false);
-            }
-            if let Some(direct) = in_place(insn, &enc, &slots) {
-                self.emit(&direct);
-            } else {
-                for (s, tmp) in slots.iter().zip([T, I]) {
-                    if s.read {
-                        self.a.load(Size::Q, tmp, Mem::Gs(gpr_slot(s.guest)));
-                    }
-                    for &f in &s.fields {
-                        enc.set_register(f, tmp);
-                    }
-                }
-                self.emit(&enc);
-                for (s, tmp) in slots.iter().zip([T, I]) {
-                    if s.write {
-                        self.a.store(Size::Q, Mem::Gs(gpr_slot(s.guest)), tmp);
-                    }
-                }
-            }
-        } else {
-            let mut probe_enc = enc;
-            probe_enc.set_memory(HostMem::BaseIndex(I, T));
-            if slots.len() > 1 || enc_fails(&probe_enc, true) {
-                return self.interpret(op);
-            }
+        let mut tried = o.enc;
+        if o.memory {
+            tried.set_memory(HostMem::BaseIndex(I, T));
+        }
+        let room = if o.memory { 1 } else { 2 };
+        let fits = o.slots.len() <= room && !enc_fails(&tried, o.memory || !o.slots.is_empty());
+        fits.then_some(o)
+    }
+
+    fn native(&mut self, op: &Op) {
+        let Some(o) = self.operands(op) else {
+            return self.interpret(op);
+        };
+        if o.memory {
             self.save_flags(op.live_before);
             let retry = self.a.here();
-            self.address(insn);
-            let miss = self.probe(access_size(insn), mem_write, retry, op);
-            if needs != 0 {
-                self.restore_flags(op.live_before, true);
+            self.address(&op.insn);
+            let mut miss = self.probe(access_size(&op.insn), o.write, retry, op);
+            if o.write && !whole_bounce(&op.insn) {
+                miss.bounce = Bounce::Never;
+            } else if o.write {
+                miss.bounce = Bounce::Write;
             }
-            if let Some(s) = slots.first() {
-                self.a.lea(I, Mem::Sib(Some(I), Some((T, 0)), 0));
-                if s.read {
-                    self.a.load(Size::Q, T, Mem::Gs(gpr_slot(s.guest)));
-                }
-                for &f in &s.fields {
-                    enc.set_register(f, T);
-                }
-                enc.set_memory(HostMem::BaseDisp(I, 0));
-                self.emit(&enc);
-                if s.write {
-                    self.a.store(Size::Q, Mem::Gs(gpr_slot(s.guest)), T);
-                }
-            } else {
-                self.emit(&probe_enc);
-            }
-            if op.modifies != 0 {
-                self.flags = Flags::Host;
-            }
+            self.with_memory(op, &o);
             self.resume_miss([miss], op);
             return;
+        }
+        if o.needs != 0 {
+            self.restore_flags(op.live_before, false);
+        }
+        let mut enc = o.enc;
+        if let Some(direct) = in_place(&op.insn, &enc, &o.slots) {
+            self.emit(&direct);
+        } else {
+            for (s, tmp) in o.slots.iter().zip([T, I]) {
+                if s.read {
+                    self.a.load(Size::Q, tmp, Mem::Gs(gpr_slot(s.guest)));
+                }
+                for &f in &s.fields {
+                    enc.set_register(f, tmp);
+                }
+            }
+            self.emit(&enc);
+            for (s, tmp) in o.slots.iter().zip([T, I]) {
+                if s.write {
+                    self.a.store(Size::Q, Mem::Gs(gpr_slot(s.guest)), tmp);
+                }
+            }
+        }
+        if op.modifies != 0 {
+            self.flags = Flags::Host;
+        }
+    }
+
+    /// Emits the instruction with its memory operand at I + T.
+    fn with_memory(&mut self, op: &Op, o: &Operands) {
+        let mut enc = o.enc;
+        if o.needs != 0 {
+            self.restore_flags(op.live_before, true);
+        }
+        if let Some(s) = o.slots.first() {
+            self.a.lea(I, Mem::Sib(Some(I), Some((T, 0)), 0));
+            if s.read {
+                self.a.load(Size::Q, T, Mem::Gs(gpr_slot(s.guest)));
+            }
+            for &f in &s.fields {
+                enc.set_register(f, T);
+            }
+            enc.set_memory(HostMem::BaseDisp(I, 0));
+            self.emit(&enc);
+            if s.write {
+                self.a.store(Size::Q, Mem::Gs(gpr_slot(s.guest)), T);
+            }
+        } else {
+            enc.set_memory(HostMem::BaseIndex(I, T));
+            self.emit(&enc);
         }
         if op.modifies != 0 {
             self.flags = Flags::Host;
@@ -1132,30 +1149,62 @@ impl Tx<'_> {
         }
     }
 
+    /// Behind the block: an access that crosses a page takes the bounce buffer if both pages are in the
+    /// TLB; everything else goes to the helper.
+    fn emit_miss(&mut self, m: PendingMiss, op: usize, resume: usize, reload: bool) {
+        self.a.bind(m.jump);
+        self.a.op_mem(Size::Q, &[0x03], T, Mem::GsBase(I, m.tag)); // add: T is the address again
+        let mut meta = m.meta;
+        if m.bounce != Bounce::Never {
+            self.a.lea(I, at(T, m.size as i32 - 1));
+            self.a.op_reg(Size::Q, &[0x31], T, I); // xor
+            self.a.shr(I, 12);
+            let inside = self.a.jcc(cc::E);
+            let class = m.size.next_power_of_two().max(8).trailing_zeros() as usize - 3;
+            let write = usize::from(m.bounce == Bounce::Write);
+            self.a
+                .call_to(self.stubs.cross[self.ctx.tlb()][write][class]);
+            if m.bounce == Bounce::Read {
+                let pos = self.a.jcc(cc::AE);
+                self.a.bind_to(pos, m.access);
+            } else {
+                let fails = self.a.jcc(cc::B);
+                let block = self.block;
+                if let Some(op) = block.ops.get(op)
+                    && let Some(o) = self.operands(op)
+                {
+                    self.map.push((self.a.here() as u32, op.off));
+                    self.flags = m.flags;
+                    self.with_memory(op, &o);
+                    self.a.mov_imm(I, m.size as u64);
+                    self.a.call_to(self.stubs.commit);
+                    let pos = self.a.jmp();
+                    self.a.bind_to(pos, resume);
+                }
+                self.a.bind(fails);
+            }
+            self.a.bind(inside);
+            meta |= meta::BOUNCE;
+        }
+        self.a.call_to(self.stubs.memory);
+        self.a.d32(meta);
+        let here = self.a.here();
+        self.a.d32((m.retry as i64 - here as i64) as i32 as u32);
+        if reload {
+            flags::restore(&mut self.a);
+        }
+        let pos = self.a.jmp();
+        self.a.bind_to(pos, resume);
+    }
+
     fn emit_one(&mut self, c: Cold) {
         match c {
             Cold::Miss {
-                jumps,
-                tag,
-                meta,
-                retry,
+                miss,
+                op,
                 resume,
                 reload,
-            } => {
-                for j in jumps {
-                    self.a.bind(j);
-                }
-                self.a.op_mem(Size::Q, &[0x03], T, Mem::GsBase(I, tag)); // add: T is the address again
-                self.a.call_to(self.stubs.memory);
-                self.a.d32(meta);
-                let here = self.a.here();
-                self.a.d32((retry as i64 - here as i64) as i32 as u32);
-                if reload {
-                    flags::restore(&mut self.a);
-                }
-                let pos = self.a.jmp();
-                self.a.bind_to(pos, resume);
-            }
+            } => self.emit_miss(miss, op, resume, reload),
             Cold::Interpret {
                 jump,
                 meta,
@@ -1216,12 +1265,53 @@ impl Tx<'_> {
     }
 }
 
+/// What becomes of an access that crosses a page.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Bounce {
+    /// The interpreter has it.
+    Never,
+    /// It reads from the bounce buffer.
+    Read,
+    /// A copy of the instruction works on the bounce buffer, which is written back.
+    Write,
+}
+
+/// A probe whose miss is not emitted yet.
 #[derive(Clone, Copy)]
 struct PendingMiss {
     jump: usize,
     tag: i32,
     meta: u32,
     retry: usize,
+    /// Where the code behind the probe starts.
+    access: usize,
+    size: usize,
+    bounce: Bounce,
+    /// Where the flags are behind the probe.
+    flags: Flags,
+}
+
+/// A copied instruction's operands.
+struct Operands {
+    /// The encoding with registers renamed.
+    enc: Encoding,
+    /// Registers that live in memory.
+    slots: Vec<Slot>,
+    memory: bool,
+    write: bool,
+    /// Flags that must be in EFLAGS before it.
+    needs: u32,
+}
+
+/// A write through the bounce buffer is right: it is no LOCKed one, and writes all its bytes.
+fn whole_bounce(insn: &Instruction) -> bool {
+    use iced_x86::Mnemonic as M;
+    !insn.has_lock_prefix()
+        && !insn.has_op_mask()
+        && !matches!(
+            insn.mnemonic(),
+            M::Xchg | M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq
+        )
 }
 
 /// A guest register that lives in memory, as an operand.

@@ -123,6 +123,11 @@ impl EngineVcpu for JitVcpu {
 
 impl Drop for JitVcpu {
     fn drop(&mut self) {
+        if let Some(path) = std::env::var_os("ANYKVM_JIT_DUMP")
+            && let Err(e) = std::fs::write(path, self.world.cache_outside().arena.bytes())
+        {
+            log::warn!("engine_jit: cannot write ANYKVM_JIT_DUMP: {e}");
+        }
         if std::env::var_os("ANYKVM_JIT_STATS").is_some() {
             let cache = self.world.cache_outside();
             // SAFETY: the vCPU is not running.
