@@ -645,7 +645,12 @@ pub fn sysenter<E: Env + ?Sized>(cpu: &mut CpuState, env: &mut E) -> Result<(), 
 /// SYSEXIT with an operand size of `size` bytes.
 pub fn sysexit<E: Env + ?Sized>(cpu: &mut CpuState, env: &mut E, size: usize) -> Result<(), Stop> {
     if cpu.long_mode() && env.features().amd {
-        return Err(Stop::ud());
+        // AMD's processors look at the privilege level first.
+        return Err(if cpu.cpl != 0 {
+            Stop::gp(0)
+        } else {
+            Stop::ud()
+        });
     }
     let base = cpu.sysenter_cs as u16 & 0xfffc;
     if !cpu.protected() || cpu.cpl != 0 || base == 0 {

@@ -50,6 +50,24 @@ fn excluded(code: Code, bits: u32) -> Option<Excluded> {
 pub fn rules(insn: &Instruction) -> Rules {
     use Mnemonic as M;
     let mut rules = Rules { undefined: undefined(insn), ..Rules::default() };
+    let mmx = |n| insn.op_kind(n) == OpKind::Register && insn.op_register(n).is_mm();
+    // The host's microcode touches the operands of these in its own order, and AMD's processors change
+    // the x87 tags before an MMX instruction faults.
+    rules.fault = !(insn.is_save_restore_instruction()
+        || matches!(
+            insn.mnemonic(),
+            M::Fnsave | M::Fsave | M::Frstor | M::Fnstenv | M::Fstenv | M::Fldenv | M::Maskmovdqu | M::Vmaskmovdqu
+                | M::Maskmovq | M::Wait
+        )
+        || insn.is_call_far_indirect()
+        || insn.is_jmp_far_indirect()
+        || matches!(insn.mnemonic(), M::Cmpsb | M::Cmpsw | M::Cmpsq)
+        || matches!(insn.code(), Code::Cmpsd_m32_m32)
+        || (0..insn.op_count()).any(mmx));
+    if insn.is_save_restore_instruction() {
+        // Which components count as in use is the processor's choice.
+        rules.memory = false;
+    }
     match insn.mnemonic() {
         // They would call the kernel, or the kernel emulates them or has its own tables.
         M::Syscall | M::Sysenter | M::Int | M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw => rules.native = false,
@@ -78,6 +96,10 @@ pub fn undefined(insn: &Instruction) -> u64 {
             bits |= 1 << flag;
         }
     }
+    if matches!(insn.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr) {
+        // For counts other than 1, also where the rotation comes out as none.
+        bits |= 1 << 11;
+    }
     bits
 }
 
@@ -95,7 +117,7 @@ fn target(r: &mut Random, size: u64, bits: u32, low: bool) -> u64 {
         6 => base + 6 * PAGE - r.below(size + 1),
         7 => base + 7 * PAGE - r.below(size + 1),
         8 => base + 2 * PAGE + r.below(PAGE - size),
-        9 if bits == 64 && !low => r.pick(&[0x8000_0000_0000, 0x7fff_ffff_fff0, 0xffff_7fff_ffff_fff8, u64::MAX - 3]),
+        9 if bits == 64 && !low => r.pick(&[0x8000_0000_0000, 0xffff_7fff_ffff_0000, 1 << 63]),
         9 => 0x10,
         10 | 11 => STACK.linear + r.below(4 * PAGE - size),
         12..=14 if bits == 64 && !low => HIGH.linear + r.below(2 * PAGE - size),
@@ -415,7 +437,8 @@ pub fn operands(
             K::imm16 => {
                 immediates += 1;
                 insn.set_op_kind(n, OpKind::Immediate16);
-                insn.set_immediate16(if code.mnemonic() == Mnemonic::Enter { r.below(64) as u16 } else { r.value() as u16 });
+                let small = matches!(code.mnemonic(), Mnemonic::Enter | Mnemonic::Retf);
+                insn.set_immediate16(if small { r.below(64) as u16 } else { r.value() as u16 });
                 continue;
             }
             K::imm32 => {
@@ -812,7 +835,9 @@ pub fn make(r: &mut Random, code: Code, bits: u32) -> Option<(Case, Instruction)
     let mut case = state(r, bits);
     let insn = operands(r, code, &mut case, None)?;
     let mut bytes = encode(&insn, bits, case.at)?;
-    if r.one_in(12) {
+    // AMD's processors let REPNE turn LOOPE around.
+    let loops = matches!(code.mnemonic(), Mnemonic::Loop | Mnemonic::Loope | Mnemonic::Loopne);
+    if r.one_in(12) && !loops {
         // A prefix that means nothing here, or something.
         let p = r.pick(&[0x66, 0x67, 0xf2, 0xf3, 0xf0, 0x2e, 0x36, 0x3e, 0x64, 0x65, 0x40, 0x48, 0x26]);
         if !(bits == 32 && matches!(p, 0x40 | 0x48)) {
@@ -827,7 +852,33 @@ pub fn make(r: &mut Random, code: Code, bits: u32) -> Option<(Case, Instruction)
     if case.at + 16 > CODE.linear + 0x4000 {
         return None;
     }
+    if code.op_code().op_kinds().contains(&OpCodeOperandKind::seg_reg)
+        || far(&insn)
+        || matches!(code.mnemonic(), Mnemonic::Pop | Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq)
+    {
+        // RFLAGS.AC is not looked at in transfers and segment loads.
+        case.rflags &= !(1 << 18);
+    }
     Some((case, decoded))
+}
+
+fn far(insn: &Instruction) -> bool {
+    use Mnemonic as M;
+    insn.is_call_far_indirect()
+        || insn.is_jmp_far_indirect()
+        || matches!(insn.mnemonic(), M::Retf | M::Iret | M::Iretd | M::Iretq | M::Lfs | M::Lgs | M::Lss)
+}
+
+/// AMD's processors want the offset canonical too, not only the sum with the FS or GS base.
+pub fn odd_offset(insn: &Instruction, case: &Case) -> bool {
+    let base = match insn.segment_prefix() {
+        Register::FS => case.fs_base,
+        Register::GS => case.gs_base,
+        _ => return false,
+    };
+    let strings = (0..insn.op_count()).any(|n| matches!(insn.op_kind(n), OpKind::MemorySegRSI | OpKind::MemorySegRDI));
+    let offset = if strings { Some(case.gpr[6]) } else { address(insn, &case.gpr, case).map(|a| a.wrapping_sub(base)) };
+    offset.is_some_and(|o| (o as i64) << 16 >> 16 != o as i64)
 }
 
 /// Forms that end in the host's kernel or in a spin: never run natively even inside other code.

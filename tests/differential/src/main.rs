@@ -35,8 +35,18 @@ fn main() {
             if let Some(o) = &only && !format!("{code:?}").contains(o.as_str()) {
                 continue;
             }
-            let Some((case, insn)) = forms::make(&mut r, code, bits) else { continue };
+            let Some((mut case, insn)) = forms::make(&mut r, code, bits) else { continue };
+            if std::env::var_os("AC").is_some() {
+                case.rflags |= 1 << 18;
+            }
+            let mut plain = iced_x86::Instruction::default();
+            plain.set_code(code);
+            if insn.is_invalid() && !forms::rules(&plain).native {
+                continue;
+            }
             let rules = if bits == 64 { forms::rules(&insn) } else { Rules { native: false, ..forms::rules(&insn) } };
+            let odd = forms::odd_offset(&insn, &case);
+            let rules = Rules { native: rules.native && !odd, ..rules };
             cases += 1;
             if std::env::var_os("TRACE").is_some() {
                 eprintln!("{code:?} {insn} {:02x?}", case.code);
@@ -45,6 +55,10 @@ fn main() {
             if let Some(d) = run.difference {
                 let e = bad.entry(format!("{code:?} {}", d.who)).or_insert((0, String::new()));
                 e.0 += 1;
+                if std::env::var_os("MASKS").is_some() && insn.op_mask() != iced_x86::Register::None && e.0 < 9 {
+                    let at = differential::case::component(5).0 + 8 * insn.op_mask().number();
+                    println!("{insn} mask {:02x?} at {:x?} {}", &case.start().regs.xsave.0[at..at + 8], forms::address(&insn, &case.gpr, &case), d.what);
+                }
                 if e.0 == 1 {
                     e.1 = format!("{insn} [{:02x?}] {} != {}: {}", case.code, d.who, d.from, d.what);
                 }

@@ -43,6 +43,12 @@ fn usable(code: Code, bits: u32) -> bool {
         && !code.is_stack_instruction()
         && rules.native
         && rules.values
+        // Stores of x87 pointers, which are not kept, and of state in no fixed form.
+        && rules.memory
+        && !matches!(
+            code.mnemonic(),
+            Mnemonic::Fnsave | Mnemonic::Fsave | Mnemonic::Fnstenv | Mnemonic::Fstenv
+        )
         && op.cpl3()
         && !insn.is_privileged()
         && !matches!(code.mnemonic(), Mnemonic::Wrfsbase | Mnemonic::Wrgsbase | Mnemonic::Bound | Mnemonic::Into)

@@ -147,7 +147,10 @@ impl<E: Env + ?Sized> Step<'_, E> {
                 Err(stop) => {
                     // An exit starts over: its device reads are answered again in order.
                     if matches!(stop, Stop::Exception(_)) {
-                        value[plan.count * plan.data_size..].fill(0);
+                        // Once an element is in, the rest of the register is cleared.
+                        if (0..n).any(|n| self.wanted(&plan, n)) {
+                            value[plan.count * plan.data_size..].fill(0);
+                        }
                         vector::set_zmm(&mut self.cpu.xsave, plan.data, &value);
                         clear_mask(&mut self.cpu.xsave, &plan, n, false);
                     }

@@ -148,6 +148,8 @@ pub(super) fn unconditional(insn: &Instruction) -> bool {
             | Vgf2p8affineqb
             | Vgf2p8affineinvqb
             | Vcvtne2ps2bf16
+            | Vpmaddubsw
+            | Vpmaddwd
     )
 }
 
@@ -156,8 +158,7 @@ pub(super) fn unconditional(insn: &Instruction) -> bool {
 fn masked_element(m: Mnemonic) -> Option<usize> {
     use Mnemonic::*;
     match m {
-        Vpmaddubsw => Some(2),
-        Vpdpbusd | Vpdpbusds | Vpdpwssd | Vpdpwssds | Vdpbf16ps | Vpmaddwd => Some(4),
+        Vpdpbusd | Vpdpbusds | Vpdpwssd | Vpdpwssds | Vdpbf16ps => Some(4),
         Vpmuldq | Vpmuludq => Some(8),
         _ => None,
     }
