@@ -52,6 +52,9 @@ pub struct Block {
     pub fpu: bool,
     /// Which 64-byte lines of the page it depends on.
     pub lines: u64,
+    /// Page number and lines of the second page, for an instruction that crosses the page end. Such a
+    /// block is reached only through the jump cache.
+    pub second: Option<(u64, u64)>,
     /// Its code was overwritten with an exit.
     pub dead: bool,
     /// Host offset from `indirect` and guest page offset of each instruction.
@@ -131,28 +134,33 @@ impl Cache {
         self.pages.get(&gfn).map_or(0, |p| p.lines)
     }
 
-    /// Enters a translation made from `page`, the bytes of its guest page.
-    pub fn insert(&mut self, block: Block, page: &[u8; 4096]) {
+    /// Enters a translation made from `page`, the bytes of its guest page, and `second`, the start of
+    /// the next one where it reaches there.
+    pub fn insert(&mut self, block: Block, page: &[u8], second: &[u8]) {
         self.translated += 1;
         let i = self.blocks.len() as u32;
-        let p = self
-            .pages
-            .entry(block.phys >> 12)
-            .or_insert_with(|| CodePage {
-                lines: 0,
-                bytes: Box::new([0; 4096]),
-                blocks: Vec::new(),
-                kills: 0,
-            });
-        for line in 0..64 {
-            if block.lines & (1 << line) != 0 {
-                p.bytes[line * 64..][..64].copy_from_slice(&page[line * 64..][..64]);
-            }
+        self.cover(block.phys >> 12, block.lines, page, i);
+        if let Some((gfn, lines)) = block.second {
+            self.cover(gfn, lines, second, i);
         }
-        p.lines |= block.lines;
-        p.blocks.push(i);
         self.map.insert((block.phys, block.ctx), i);
         self.blocks.push(block);
+    }
+
+    fn cover(&mut self, gfn: u64, lines: u64, bytes: &[u8], block: u32) {
+        let p = self.pages.entry(gfn).or_insert_with(|| CodePage {
+            lines: 0,
+            bytes: Box::new([0; 4096]),
+            blocks: Vec::new(),
+            kills: 0,
+        });
+        for line in (0..64).filter(|line| lines & (1 << line) != 0) {
+            if let Some(from) = bytes.get(line * 64..line * 64 + 64) {
+                p.bytes[line * 64..][..64].copy_from_slice(from);
+            }
+        }
+        p.lines |= lines;
+        p.blocks.push(block);
     }
 
     /// Lines whose bytes differ from what was translated.
@@ -185,8 +193,15 @@ impl Cache {
         let mut keep = Vec::new();
         for i in std::mem::take(&mut p.blocks) {
             let b = &mut self.blocks[i as usize];
-            if b.lines & lines == 0 {
-                left |= b.lines;
+            let on_page = match b.second {
+                Some((second, lines)) if second == gfn => lines,
+                _ => b.lines,
+            };
+            if b.dead {
+                continue;
+            }
+            if on_page & lines == 0 {
+                left |= on_page;
                 keep.push(i);
                 continue;
             }

@@ -2,8 +2,8 @@
 
 use crate::context::{Context, Fpu};
 use iced_x86::{
-    Code, ConditionCode, Decoder, DecoderOptions, EncodingKind, FlowControl, Instruction, Mnemonic,
-    OpKind, Register, RflagsBits,
+    Code, ConditionCode, Decoder, DecoderError, DecoderOptions, EncodingKind, FlowControl,
+    Instruction, Mnemonic, OpKind, Register, RflagsBits,
 };
 use x86emu::encoding::Encoding;
 use x86emu::state::CodeSize;
@@ -121,6 +121,8 @@ pub struct Decoded {
     pub end: u16,
     /// It ends because control leaves it with the last instruction.
     pub closed: bool,
+    /// It is followed by an instruction that crosses the page end.
+    pub before_crossing: bool,
     /// Lines of the page it depends on.
     pub lines: u64,
     /// Flags live on entry.
@@ -137,11 +139,19 @@ fn bits(ctx: Context) -> u32 {
     }
 }
 
+/// Bytes of the next page that an instruction can reach into.
+pub const BEYOND: usize = 14;
+
 /// Decodes the block at offset `start` of `page`.
-pub fn decode(page: &[u8; 4096], start: usize, ctx: Context) -> Decoded {
+///
+/// `page` is one guest page, or one and [`BEYOND`] bytes of the next: then the block is the one
+/// instruction at `start`, which crosses the page end. `None`: such an instruction is at `start`, and
+/// the bytes of the next page are needed.
+pub fn decode(page: &[u8], start: usize, ctx: Context) -> Option<Decoded> {
     let mut ops = Vec::with_capacity(16);
     let mut end = start;
     let mut closed = false;
+    let mut before_crossing = false;
     let mut decoder = Decoder::with_ip(
         bits(ctx),
         &page[start..],
@@ -151,7 +161,13 @@ pub fn decode(page: &[u8; 4096], start: usize, ctx: Context) -> Decoded {
     while ops.len() < MAX_OPS && end < 4096 {
         let insn = decoder.decode();
         if insn.is_invalid() {
-            // Either cut off by the page end or no instruction; the interpreter tells.
+            if decoder.last_error() == DecoderError::NoMoreBytes && page.len() == 4096 {
+                if ops.is_empty() {
+                    return None;
+                }
+                before_crossing = true;
+                break;
+            }
             ops.push(op(insn, end as u16, None, Kind::Interpret, false));
             closed = true;
             break;
@@ -174,23 +190,27 @@ pub fn decode(page: &[u8; 4096], start: usize, ctx: Context) -> Decoded {
             closed = true;
             break;
         }
+        if page.len() > 4096 {
+            break;
+        }
     }
     // The shadow of STI covers one instruction. Polls come after the branch they belong to, so any
     // instruction of the block may follow, but not the jump out of the page that ends an open block.
     if let Some(last) = ops.last_mut().filter(|o| o.kind == Kind::Sti) {
         last.kind = Kind::Interpret;
     }
-    let mut lines = crate::cache::lines_of(start, end.max(start + 1) - start);
+    let mut lines = crate::cache::lines_of(start, end.clamp(start + 1, 4096) - start);
     let live_in = liveness(&mut ops, page, ctx, end, closed, &mut lines);
     let fpu = ops.iter().any(|o| o.fpu && o.kind == Kind::Native);
-    Decoded {
+    Some(Decoded {
         ops,
         end: end as u16,
         closed,
+        before_crossing,
         lines,
         live_in,
         fpu,
-    }
+    })
 }
 
 fn op(insn: Instruction, off: u16, enc: Option<Encoding>, kind: Kind, fpu: bool) -> Op {
@@ -726,13 +746,13 @@ pub fn access_size(insn: &Instruction) -> usize {
 /// Computes liveness backwards; returns what is live on entry.
 fn liveness(
     ops: &mut [Op],
-    page: &[u8; 4096],
+    page: &[u8],
     ctx: Context,
     end: usize,
     closed: bool,
     lines: &mut u64,
 ) -> u32 {
-    let mut live = if closed {
+    let mut live = if closed || end >= 4096 {
         ARITH
     } else {
         peek(page, end as i64, ctx, lines)
@@ -765,7 +785,7 @@ fn liveness(
 }
 
 /// Flags live at offset `at` of the page, by a short look ahead; all of them outside the page.
-fn peek(page: &[u8; 4096], at: i64, ctx: Context, lines: &mut u64) -> u32 {
+fn peek(page: &[u8], at: i64, ctx: Context, lines: &mut u64) -> u32 {
     let Ok(mut at) = usize::try_from(at) else {
         return ARITH;
     };

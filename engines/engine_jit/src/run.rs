@@ -101,6 +101,14 @@ impl std::fmt::Debug for Stats {
     }
 }
 
+/// Why there is no block.
+enum NoBlock {
+    /// The vCPU must leave translated code; `exit` may say why.
+    Leave,
+    /// The instruction reaches into the next page.
+    NeedsSecond,
+}
+
 /// What became of one interpreted instruction.
 enum Stepped {
     /// It retired.
@@ -335,14 +343,42 @@ impl<'a> Runner<'a> {
                 }
                 Err(()) => return 0,
             };
-            let Some(entry) = self.block(phys, ctx, |b| b.indirect) else {
-                return 0;
+            let entry = match self.block(phys, None, ctx, |b| b.indirect) {
+                Ok(entry) => entry,
+                Err(NoBlock::Leave) => return 0,
+                Err(NoBlock::NeedsSecond) => match self.crossing_block(phys, ctx, pc) {
+                    Ok(Some(entry)) => entry,
+                    Ok(None) => {
+                        match self.step() {
+                            Stepped::Exit(exit) => self.exit = Some(exit),
+                            Stepped::Retired | Stepped::Redirected => {}
+                        }
+                        continue;
+                    }
+                    Err(()) => return 0,
+                },
             };
             self.vm.caches.fill_jump(ctx.tlb(), pc, entry);
             self.vm.t = pc;
             self.vm.fpu_reload = 0;
             self.vm.split_flags();
             return entry;
+        }
+    }
+
+    /// The block of the one instruction at `pc`, which reaches into the next page. `None`: it must be
+    /// interpreted.
+    fn crossing_block(&mut self, phys: u64, ctx: Context, pc: u64) -> Result<Option<u64>, ()> {
+        let next = (pc | 0xfff).wrapping_add(1);
+        let Some(second) = self.code_page(ctx, next)? else {
+            return Ok(None);
+        };
+        // A flush of either page must drop the jump.
+        self.vm.caches.note_jump_page(next);
+        match self.block(phys, Some(second), ctx, |b| b.indirect) {
+            Ok(entry) => Ok(Some(entry)),
+            Err(NoBlock::NeedsSecond) => Ok(None),
+            Err(NoBlock::Leave) => Err(()),
         }
     }
 
@@ -403,46 +439,53 @@ impl<'a> Runner<'a> {
         Some(page)
     }
 
-    /// The block at a guest-physical address, translated if need be. `None`: leave guest code.
-    fn block<R>(&mut self, phys: u64, ctx: Context, f: impl Fn(&cache::Block) -> R) -> Option<R> {
+    /// The block at a guest-physical address, translated if need be. `second`: the page that follows
+    /// in linear memory, for an instruction that reaches into it.
+    fn block<R>(
+        &mut self,
+        phys: u64,
+        second: Option<u64>,
+        ctx: Context,
+        f: impl Fn(&cache::Block) -> R,
+    ) -> Result<R, NoBlock> {
         let world = self.world;
         let Some(mut cache) = world.cache(self.me) else {
             self.exit = Some(Exit::Interrupted);
-            return None;
+            return Err(NoBlock::Leave);
         };
         if let Some(b) = cache.find(phys, ctx.0) {
-            return Some(f(b));
-        }
-        let gfn = phys >> 12;
-        let flags = world.code_map.page(phys)?;
-        // From here on writes to the page are noticed: first the mark, then everyone's TLB, then the
-        // bytes are read.
-        let before = flags.fetch_or(PAGE_CODE, Ordering::AcqRel);
-        if before & PAGE_WRITTEN != 0 {
-            flags.fetch_and(!PAGE_WRITTEN, Ordering::AcqRel);
-            self.vm.caches.unwrite(phys);
-            world.stopped(&mut cache, Some(self.me), |c| c.unwrite(phys));
-        }
-        let page = self.read_page(gfn)?;
-        if cache.arena.left() < 1 << 20 {
-            world.stopped(&mut cache, Some(self.me), |c| c.flush_code());
-            self.vm.caches.flush_code();
-            let gfns: Vec<u64> = cache.gfns().collect();
-            cache.clear();
-            for g in gfns.into_iter().filter(|&g| g != gfn) {
-                if let Some(f) = world.code_map.page(g << 12) {
-                    f.fetch_and(!PAGE_CODE, Ordering::AcqRel);
-                }
+            match (b.second, second) {
+                (None, _) => return Ok(f(b)),
+                (Some(_), None) => return Err(NoBlock::NeedsSecond),
+                (Some((gfn, _)), Some(page)) if gfn == page >> 12 => return Ok(f(b)),
+                _ => {}
             }
         }
+        if cache.arena.left() < 1 << 20 {
+            self.clear(&mut cache);
+        }
+        self.claim(&mut cache, phys).ok_or(NoBlock::Leave)?;
+        let page = self.read_page(phys >> 12).ok_or(NoBlock::Leave)?;
         let start = (phys & 0xfff) as usize;
-        let decoded = frontend::decode(&page, start, ctx);
+        let mut next = [0; 4096];
+        let (decoded, second) = match frontend::decode(&page, start, ctx) {
+            Some(decoded) => (decoded, None),
+            None => {
+                let gpa = second.ok_or(NoBlock::NeedsSecond)?;
+                self.claim(&mut cache, gpa).ok_or(NoBlock::Leave)?;
+                next = self.read_page(gpa >> 12).ok_or(NoBlock::Leave)?;
+                let both = [&page[..], &next[..frontend::BEYOND]].concat();
+                let decoded = frontend::decode(&both, start, ctx).ok_or(NoBlock::Leave)?;
+                let beyond = usize::from(decoded.end).saturating_sub(4096);
+                (decoded, Some((gpa >> 12, cache::lines_of(0, beyond))))
+            }
+        };
         let base = cache.arena.next();
         let code = translate(&decoded, ctx, &world.stubs, base, world.bmi2);
         self.stats.translated += decoded.ops.len() as u64;
         let Some(at) = cache.arena.push(&code.bytes) else {
             self.exit = Some(Exit::InternalError);
-            return None;
+            return Err(NoBlock::Leave);
         };
         let block = cache::Block {
             phys,
@@ -454,12 +497,39 @@ impl<'a> Runner<'a> {
             live_in: decoded.live_in != 0,
             fpu: decoded.fpu,
             lines: decoded.lines,
+            second,
             dead: false,
             map: code.map.into_boxed_slice(),
         };
         let r = f(&block);
-        cache.insert(block, &page);
-        Some(r)
+        cache.insert(block, &page, &next);
+        Ok(r)
+    }
+
+    /// Marks a page as holding code: from here on writes to it are noticed. First the mark, then
+    /// everyone's TLB; the caller reads the bytes last. `None` beyond the memory that is tracked.
+    fn claim(&mut self, cache: &mut cache::Cache, gpa: u64) -> Option<()> {
+        let flags = self.world.code_map.page(gpa)?;
+        let before = flags.fetch_or(PAGE_CODE, Ordering::AcqRel);
+        if before & PAGE_WRITTEN != 0 {
+            flags.fetch_and(!PAGE_WRITTEN, Ordering::AcqRel);
+            self.vm.caches.unwrite(gpa);
+            self.world.stopped(cache, Some(self.me), |c| c.unwrite(gpa));
+        }
+        Some(())
+    }
+
+    /// Empties the code cache.
+    fn clear(&mut self, cache: &mut cache::Cache) {
+        self.world.stopped(cache, Some(self.me), |c| c.flush_code());
+        self.vm.caches.flush_code();
+        let gfns: Vec<u64> = cache.gfns().collect();
+        cache.clear();
+        for gfn in gfns {
+            if let Some(flags) = self.world.code_map.page(gfn << 12) {
+                flags.fetch_and(!PAGE_CODE, Ordering::AcqRel);
+            }
+        }
     }
 
     /// Sets RIP to a page offset of the running block and puts the flags together.
@@ -640,13 +710,16 @@ extern "sysv64" fn helper_link(vm: *mut VcpuMem, ret: *const u8) -> u64 {
     };
     if let Some((page, epoch)) = source {
         let fpu = w & meta::FPU != 0;
-        let Some((target, indirect)) = r.block(page | u64::from(offset), ctx, |b| {
+        let found = r.block(page | u64::from(offset), None, ctx, |b| {
             (
                 if fpu && b.fpu { b.direct_fpu } else { b.direct },
                 b.indirect,
             )
-        }) else {
-            return 0;
+        });
+        let (target, indirect) = match found {
+            Ok(found) => found,
+            Err(NoBlock::Leave) => return 0,
+            Err(NoBlock::NeedsSecond) => return r.dispatch(),
         };
         let Some(mut cache) = r.world.cache(r.me) else {
             r.exit = Some(Exit::Interrupted);

@@ -151,7 +151,12 @@ impl Caches {
             self.jumps_filled[u].push(i as u16);
         }
         self.jumps[u][i] = JumpEntry { pc, host };
-        let (w, b) = page_hash(pc);
+        self.note_jump_page(pc);
+    }
+
+    /// Jump-cache entries depend on the page of `gva`.
+    pub fn note_jump_page(&mut self, gva: u64) {
+        let (w, b) = page_hash(gva);
         self.jump_pages[w] |= b;
     }
 

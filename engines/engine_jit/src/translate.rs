@@ -140,7 +140,14 @@ pub fn translate(block: &Decoded, ctx: Context, stubs: &Stubs, base: u64, bmi2: 
     }
     if !block.closed {
         let live = block.ops.last().map_or(ARITH, |o| o.live_after);
-        x.jump_direct(i64::from(block.end), live, false);
+        if block.before_crossing {
+            // Both pages must be looked up: that is the jump cache's business.
+            x.save_flags(live);
+            x.load_linear(T, i64::from(block.end));
+            x.jump_t();
+        } else {
+            x.jump_direct(i64::from(block.end), live, false);
+        }
     }
     // A dead block's entries are overwritten with exits of up to 10 bytes each.
     while x.a.here() < direct_fpu + 16 {
