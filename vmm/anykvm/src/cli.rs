@@ -57,7 +57,7 @@ pub enum Command {
 Examples:
   anykvm run                                    the default guest: a root shell with a scratch
                                                 disk on /mnt and network
-  anykvm run -- sh -c 'wget -qO- http://deb.debian.org | head'
+  anykvm run -- sh -c 'wget -qO- http://example.org | head'
                                                 a command; its output and exit code come back
   anykvm run --cpus 2 --memory 2G               a larger machine
   anykvm run --publish 8080:80 -- httpd -f -p 80
