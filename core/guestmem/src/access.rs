@@ -4,6 +4,8 @@
     reason = "guest memory is reached through raw host pointers"
 )]
 
+use core::sync::atomic::{AtomicU8, Ordering};
+
 /// Copies `out.len()` bytes out of guest memory. Aligned 2, 4 and 8 byte copies are single accesses.
 ///
 /// # Safety
@@ -57,6 +59,15 @@ pub unsafe fn copy_to_guest(to: *mut u8, data: &[u8]) {
             }
         }
     }
+}
+
+/// Replaces a byte of guest memory atomically; the byte that was there.
+///
+/// # Safety
+/// `at` must be mapped and writable for the duration of the call.
+pub unsafe fn exchange_guest(at: *mut u8, value: u8) -> u8 {
+    // SAFETY: the caller vouches for the byte; a byte is always aligned.
+    unsafe { AtomicU8::from_ptr(at) }.swap(value, Ordering::AcqRel)
 }
 
 #[cfg(test)]

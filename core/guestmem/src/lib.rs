@@ -16,7 +16,9 @@ mod access;
 mod dirty;
 mod slots;
 
-pub use access::{copy_from_guest, copy_to_guest};
+pub mod probe;
+
+pub use access::{copy_from_guest, copy_to_guest, exchange_guest};
 pub use dirty::DirtyLog;
 pub use slots::{Change, MemSlot, MemView, Region, RegionError, SlotHint, flags};
 

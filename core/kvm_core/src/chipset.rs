@@ -8,6 +8,7 @@ use crate::vcpu::VcpuShared;
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU64, Ordering};
 use irqchip::{
     Accepted, ApicMessage, DeliveryMode, DeliveryPolicy, EndOfInterrupt, Ioapic, IrqSource, Lvt,
     Msi, Pic, PinOutcome, Pit, RouteTarget, RoutingTable, for_each_target,
@@ -24,12 +25,47 @@ const MAX_RESAMPLERS: usize = 4096;
 /// The vCPUs of a VM, in the order of their creation.
 pub type Vcpus = Vec<Arc<VcpuShared>>;
 
+/// The vectors that the IOAPIC's pins are programmed with, readable without the chipset lock: the end
+/// of any other interrupt concerns nobody but the local APIC.
+#[derive(Debug, Default)]
+pub struct IoapicVectors([AtomicU64; 4]);
+
+impl IoapicVectors {
+    /// Whether some pin, masked or not, has the vector.
+    pub fn contains(&self, vector: u8) -> bool {
+        self.0[usize::from(vector / 64)].load(Ordering::Acquire) >> (vector % 64) & 1 != 0
+    }
+
+    /// Adds the vectors of a redirection table.
+    fn add(&self, redirection: &[u64]) {
+        for (word, bits) in self.0.iter().zip(Self::bits(redirection)) {
+            word.fetch_or(bits, Ordering::AcqRel);
+        }
+    }
+
+    fn set(&self, redirection: &[u64]) {
+        for (word, bits) in self.0.iter().zip(Self::bits(redirection)) {
+            word.store(bits, Ordering::Release);
+        }
+    }
+
+    fn bits(redirection: &[u64]) -> [u64; 4] {
+        let mut bits = [0; 4];
+        for entry in redirection {
+            let vector = *entry as u8;
+            bits[usize::from(vector / 64)] |= 1 << (vector % 64);
+        }
+        bits
+    }
+}
+
 /// Everything that KVM_CREATE_IRQCHIP and KVM_CREATE_PIT2 make.
 pub struct Chipset {
     /// The 8259 pair.
     pub pic: Pic,
     /// The I/O APIC.
     pub ioapic: Ioapic,
+    vectors: Arc<IoapicVectors>,
     /// The 8254, and whether it owns port 0x61.
     pub pit: Option<(Pit, bool)>,
     /// GSI routing.
@@ -42,10 +78,12 @@ pub struct Chipset {
 
 impl Chipset {
     /// The chips after power-on. `timer` calls [`crate::vm::Vm::chipset_tick`].
-    pub fn new(timer: Box<dyn Timer>) -> Result<Self, Errno> {
+    /// `vectors` follows the IOAPIC.
+    pub fn new(timer: Box<dyn Timer>, vectors: Arc<IoapicVectors>) -> Result<Self, Errno> {
         Ok(Chipset {
             pic: Pic::new(),
             ioapic: Ioapic::new(),
+            vectors,
             pit: None,
             routing: RoutingTable::x86_default().map_err(|_| Errno::ENOMEM)?,
             resamplers: Vec::new(),
@@ -225,12 +263,23 @@ impl Chipset {
                 lost = true;
             }
         });
+        // Before the messages: whoever takes one may be done with it at once.
+        self.vectors.set(&self.ioapic.state().redirtbl);
         for (pin, message) in sent {
             self.send_pin(vcpus, pin, &message);
         }
         if lost {
             log::error!("out of memory: an interrupt was lost");
         }
+    }
+
+    /// Replaces the IOAPIC's state.
+    pub fn set_ioapic(&mut self, vcpus: &Vcpus, state: &irqchip::IoapicState) {
+        self.vectors.add(&state.redirtbl);
+        self.ioapic.set_state(state, |_, message| {
+            deliver(vcpus, &message, None);
+        });
+        self.vectors.set(&self.ioapic.state().redirtbl);
     }
 
     /// Adds a listener for acknowledgements of `gsi` (KVM_IRQFD_FLAG_RESAMPLE).

@@ -47,6 +47,7 @@ pub const KVM_FEATURES: u32 = kvm_feature::CLOCKSOURCE
     | kvm_feature::STEAL_TIME
     | kvm_feature::PV_EOI
     | kvm_feature::PV_UNHALT
+    | kvm_feature::PV_TLB_FLUSH
     | kvm_feature::PV_SEND_IPI
     | kvm_feature::POLL_CONTROL
     | kvm_feature::PV_SCHED_YIELD

@@ -6,6 +6,7 @@ use crate::hypercall;
 use crate::inflight::{InFlight, Op, Pending};
 use crate::memory::Reader;
 use crate::msr::Msrs;
+use crate::paravirt::Paravirt;
 use crate::run_page::RunPage;
 use crate::vcpu::VcpuShared;
 use crate::vm::Vm;
@@ -41,12 +42,15 @@ pub(crate) struct VcpuEnv {
     pub cpuid: Cpuid,
     pub features: Features,
     pub msrs: Msrs,
+    pub paravirt: Paravirt,
     /// IA32_APIC_BASE and CR8 when the local APIC is user space's.
     pub user_apic_base: u64,
     pub user_cr8: u64,
     pub run: RunPage,
     pub inflight: InFlight,
     pub events: Events,
+    /// Guest memory that the host does not have: KVM_RUN ends with EFAULT.
+    pub host_fault: bool,
     pub mp_state: u32,
     /// KVM_SET_GUEST_DEBUG's control.
     pub guest_debug: u32,
@@ -77,6 +81,7 @@ impl VcpuEnv {
             cpuid,
             features,
             msrs: Msrs::new(cpuid::vendor(vm.host.cpuid(0, 0))),
+            paravirt: Paravirt::default(),
             user_apic_base: apic::DEFAULT_BASE
                 | apic::BASE_ENABLE
                 | if bsp { apic::BASE_BSP } else { 0 },
@@ -84,6 +89,7 @@ impl VcpuEnv {
             run,
             inflight: InFlight::default(),
             events: Events::default(),
+            host_fault: false,
             // Without an in-kernel local APIC nobody could start the others.
             mp_state: if bsp || !in_kernel {
                 mp_state::RUNNABLE
@@ -184,6 +190,7 @@ impl VcpuEnv {
     }
 
     fn with_lapic<R>(&mut self, f: impl FnOnce(&mut Lapic, Now) -> R) -> Option<R> {
+        self.sync_pv_eoi();
         let now = self.now();
         Some(f(&mut self.shared.lapic()?.lock(), now))
     }
@@ -271,6 +278,19 @@ impl VcpuEnv {
         }
     }
 
+    /// Nothing is MMIO only because the host's memory is gone: the instruction waits until user space
+    /// has put that right.
+    fn check_host_memory(&mut self, gpa: u64) -> Result<(), Stop> {
+        if self.host_fault {
+            log::error!(
+                "vcpu {}: the host memory behind guest address {gpa:#x} is not accessible",
+                self.shared.id()
+            );
+            return Err(Stop::Exit(Exit::UserSpace));
+        }
+        Ok(())
+    }
+
     /// Fills `kvm_run` for an access; the run loop returns to user space with it.
     fn ask_user(&mut self, op: Op, data: &[u8]) -> Result<(), Stop> {
         let len = data.len().min(8);
@@ -336,7 +356,14 @@ pub(crate) fn linear_rip(cpu: &CpuState) -> u64 {
 
 impl PhysMem for VcpuEnv {
     fn host_ptr(&mut self, gpa: u64, len: usize, write: bool) -> Option<*mut u8> {
-        self.memory.host_ptr(&self.vm.memory, gpa, len, write)
+        let p = self.memory.host_ptr(&self.vm.memory, gpa, len, write);
+        if p.is_none() && self.memory.faults(&self.vm.memory, gpa, write) {
+            // An access stops at `check_host_memory`. A page walk cannot say so; it goes on without
+            // the page, and the run loop ends it.
+            self.host_fault = true;
+            self.shared.kick();
+        }
+        p
     }
 }
 
@@ -353,6 +380,7 @@ impl HostCpu for VcpuEnv {
 
 impl Env for VcpuEnv {
     fn mmio_read(&mut self, gpa: u64, data: &mut [u8]) -> Result<(), Stop> {
+        self.check_host_memory(gpa)?;
         for (i, chunk) in data.chunks_mut(8).enumerate() {
             self.read(Op::Read(gpa.wrapping_add(i as u64 * 8)), chunk)?;
         }
@@ -360,6 +388,7 @@ impl Env for VcpuEnv {
     }
 
     fn mmio_write(&mut self, gpa: u64, data: &[u8]) -> Result<(), Stop> {
+        self.check_host_memory(gpa)?;
         for (i, chunk) in data.chunks(8).enumerate() {
             self.write(Op::Write(gpa.wrapping_add(i as u64 * 8)), chunk)?;
         }

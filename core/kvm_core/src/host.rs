@@ -39,6 +39,15 @@ pub trait Event: Send + Sync {
     fn id(&self) -> u64;
 }
 
+/// How long a thread has waited for a CPU while it could have run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RunDelay {
+    /// Identifies the thread.
+    pub thread: u64,
+    /// Nanoseconds since the thread was made.
+    pub ns: u64,
+}
+
 /// The home of a VM.
 pub trait Host: Send + Sync {
     /// Monotonic nanoseconds since an arbitrary start.
@@ -49,6 +58,11 @@ pub trait Host: Send + Sync {
     fn tsc(&self) -> u64;
     /// Frequency of [`Self::tsc`] in kHz, never 0.
     fn tsc_khz(&self) -> u32;
+    /// How long the calling thread has waited for a CPU; `None` where nobody counts. The core asks at
+    /// most every 10 ms.
+    fn run_delay(&self) -> Option<RunDelay> {
+        None
+    }
     /// The host CPU's CPUID: EAX, EBX, ECX, EDX.
     fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4];
     /// The host's XCR0: the register state that its operating system switches; 0 without XSAVE.

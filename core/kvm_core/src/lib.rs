@@ -20,6 +20,7 @@ pub mod interp_engine;
 pub mod ioeventfd;
 mod memory;
 pub mod msr;
+mod paravirt;
 mod regs;
 mod run;
 pub mod run_page;

@@ -62,7 +62,24 @@ impl Reader {
         }
     }
 
-    /// See [`MemView::host_ptr`].
+    /// The slot that holds `gpa`, as host memory that is not there any more or (`write`) not writable:
+    /// why [`Self::host_ptr`] gives no pointer.
+    pub fn faults(&mut self, memory: &Memory, gpa: u64, write: bool) -> bool {
+        self.renew(memory);
+        self.view
+            .find(gpa, &self.hint)
+            .is_some_and(|slot| !(write && slot.read_only()))
+    }
+
+    fn renew(&mut self, memory: &Memory) {
+        let generation = memory.generation();
+        if generation != self.generation {
+            self.generation = generation;
+            self.view = memory.view();
+        }
+    }
+
+    /// See [`MemView::host_ptr`]. The host page was there a moment ago.
     pub fn host_ptr(
         &mut self,
         memory: &Memory,
@@ -70,12 +87,10 @@ impl Reader {
         len: usize,
         write: bool,
     ) -> Option<*mut u8> {
-        let generation = memory.generation();
-        if generation != self.generation {
-            self.generation = generation;
-            self.view = memory.view();
-        }
-        self.view.host_ptr(gpa, len, write, &self.hint)
+        self.renew(memory);
+        self.view
+            .host_ptr(gpa, len, write, &self.hint)
+            .filter(|&p| guestmem::probe::accessible(p, write))
     }
 
     /// Reads guest memory; `false` where part of it is not RAM.
@@ -111,6 +126,14 @@ impl Reader {
             done += len;
         }
         true
+    }
+
+    /// Replaces a byte of guest memory in one atomic operation; what was there before. `None`: not
+    /// writable RAM.
+    pub fn exchange(&mut self, memory: &Memory, gpa: u64, value: u8) -> Option<u8> {
+        let p = self.host_ptr(memory, gpa, 1, true)?;
+        // SAFETY: as in `write`.
+        Some(unsafe { guestmem::exchange_guest(p, value) })
     }
 }
 

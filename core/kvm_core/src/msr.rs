@@ -5,7 +5,7 @@
 
 use crate::cpuid::{ARCH_CAPABILITIES, Vendor};
 use crate::env::VcpuEnv;
-use kvm_abi::paravirt::{steal_time, time_info};
+use kvm_abi::paravirt::time_info;
 use x86defs::cpuid::{ext1_edx, leaf7_ebx, leaf7_edx};
 use x86defs::{cr0, efer, msr};
 use x86emu::state::{CpuState, sreg};
@@ -91,6 +91,16 @@ impl Msrs {
             poll_control: 1,
             guest_stopped: false,
         }
+    }
+
+    /// MSR_KVM_PV_EOI_EN.
+    pub fn pv_eoi(&self) -> u64 {
+        self.pv_eoi
+    }
+
+    /// MSR_KVM_STEAL_TIME.
+    pub fn steal_time(&self) -> u64 {
+        self.steal_time
     }
 
     /// Index into `mtrr_fixed`.
@@ -480,10 +490,13 @@ impl VcpuEnv {
             msr::KVM_STEAL_TIME => {
                 ok(value & 0x3e == 0)?;
                 self.msrs.steal_time = value;
-                self.write_steal_time();
+                if value & 1 != 0 {
+                    self.start_steal_time(host);
+                }
             }
             msr::KVM_PV_EOI_EN => {
                 ok(value & 2 == 0)?;
+                self.sync_pv_eoi();
                 self.msrs.pv_eoi = value;
             }
             msr::KVM_POLL_CONTROL => {
@@ -633,21 +646,15 @@ impl VcpuEnv {
             && self.memory.write(&vm.memory, gpa, &next.to_le_bytes());
     }
 
-    /// Initializes `kvm_steal_time`: nothing stolen, running.
-    fn write_steal_time(&mut self) {
-        if self.msrs.steal_time & 1 == 0 {
-            return;
-        }
-        let gpa = self.msrs.steal_time & !0x3f;
-        let vm = self.vm.clone();
-        let _ = self
-            .memory
-            .write(&vm.memory, gpa.wrapping_add(steal_time::PREEMPTED), &[0]);
-    }
-
     /// Puts what INIT and RESET change among these MSRs to its start value.
     pub fn reset_msrs(&mut self, init: bool) {
         self.msrs.misc_features = 0;
+        // The memory behind these may become something else.
+        self.msrs.system_time = 0;
+        self.msrs.steal_time = 0;
+        self.msrs.pv_eoi = 0;
+        self.msrs.async_pf = 0;
+        self.reset_paravirt();
         if !init {
             self.msrs.pat = PAT_RESET;
         }

@@ -32,14 +32,26 @@ impl Vcpu {
     /// KVM_RUN: executes guest code until user space is needed; `kvm_run` says what for.
     ///
     /// # Errors
-    /// EINTR: kicked, a signal, or `immediate_exit`; EAGAIN: the vCPU waited for its start-up IPI.
+    /// EINTR: kicked, a signal, or `immediate_exit`; EAGAIN: the vCPU waited for its start-up IPI;
+    /// EFAULT: the host memory behind a memslot is not there; the instruction has not happened.
     pub fn run(&mut self) -> Result<(), Errno> {
+        self.env.host_fault = false;
+        self.resume();
         let result = self.run_inner();
+        self.env.sync_pv_eoi();
+        self.env.mark_preempted();
         if result == Err(Errno::EINTR) {
             self.env.run.set_reason(reason::INTR);
         }
         self.publish();
         result
+    }
+
+    /// The vCPU's thread goes on with guest code.
+    fn resume(&mut self) {
+        if self.env.mark_running() {
+            self.engine.state_changed();
+        }
     }
 
     fn run_inner(&mut self) -> Result<(), Errno> {
@@ -69,6 +81,8 @@ impl Vcpu {
         // First the flag, then what it stands for: whatever is raised from here on makes the engine
         // return at once.
         self.engine.clear_attention();
+        self.env.sync_pv_eoi();
+        self.check_host_fault()?;
         self.check_user_exit()?;
         self.process_requests();
         match self.env.mp_state {
@@ -113,6 +127,7 @@ impl Vcpu {
 
     /// What an exit means.
     fn decide(&mut self, exit: Exit) -> Result<Next, Errno> {
+        self.check_host_fault()?;
         let page = &self.env.run;
         match exit {
             Exit::Interrupted => return Ok(Next::Turn),
@@ -159,6 +174,14 @@ impl Vcpu {
     fn check_user_exit(&mut self) -> Result<(), Errno> {
         if self.env.run.immediate_exit() || self.env.shared.take_requests(request::USER) != 0 {
             return Err(Errno::EINTR);
+        }
+        Ok(())
+    }
+
+    fn check_host_fault(&mut self) -> Result<(), Errno> {
+        if core::mem::take(&mut self.env.host_fault) {
+            self.env.inflight.clear();
+            return Err(Errno::EFAULT);
         }
         Ok(())
     }
@@ -250,6 +273,7 @@ impl Vcpu {
         if let Some(lapic) = shared.lapic() {
             let now = self.env.now();
             lapic.lock().expire(now);
+            self.env.update_steal_time(now.ns);
         }
     }
 
@@ -306,7 +330,10 @@ impl Vcpu {
         if self.env.shared.has_requests(WAKE_ALWAYS) {
             return Ok(());
         }
-        match self.env.shared.waiter().wait(deadline_ns) {
+        self.env.mark_preempted();
+        let wake = self.env.shared.waiter().wait(deadline_ns);
+        self.resume();
+        match wake {
             Wake::Woken | Wake::Deadline => Ok(()),
             Wake::Signal => Err(Errno::EINTR),
         }
@@ -379,6 +406,7 @@ impl Vcpu {
         };
         if let Some(vector) = vector {
             self.deliver(Event::external(vector))?;
+            self.env.offer_pv_eoi();
         }
         Ok(self.left_over())
     }
@@ -398,7 +426,7 @@ impl Vcpu {
     fn deliver(&mut self, event: Event) -> Result<(), Exit> {
         match event::deliver(self.engine.cpu(), &mut self.env, event) {
             // The IDT or the stack is not in RAM: there is no instruction to execute again.
-            Err(Exit::UserSpace) => {
+            Err(Exit::UserSpace) if !self.env.host_fault => {
                 self.env.inflight.clear();
                 Err(Exit::InternalError)
             }

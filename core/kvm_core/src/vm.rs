@@ -1,6 +1,6 @@
 //! A virtual machine: memslots, vCPUs, irqchip, ioeventfds, clock.
 
-use crate::chipset::{self, Chipset, Vcpus};
+use crate::chipset::{self, Chipset, IoapicVectors, Vcpus};
 use crate::clock::KvmClock;
 use crate::cpuid;
 use crate::engine::{Engine, EngineError};
@@ -55,6 +55,7 @@ pub struct Vm {
     pub(crate) memory: Memory,
     vcpus: Mutex<Arc<Vcpus>>,
     chipset: Mutex<Option<Chipset>>,
+    ioapic_vectors: Arc<IoapicVectors>,
     irqchip_in_kernel: AtomicBool,
     pit_in_kernel: AtomicBool,
     ioevents: Mutex<IoEvents>,
@@ -77,6 +78,7 @@ impl Vm {
             memory: Memory::default(),
             vcpus: Mutex::new(Arc::new(Vec::new())),
             chipset: Mutex::new(None),
+            ioapic_vectors: Arc::default(),
             irqchip_in_kernel: AtomicBool::new(false),
             pit_in_kernel: AtomicBool::new(false),
             ioevents: Mutex::new(IoEvents::default()),
@@ -285,7 +287,7 @@ impl Vm {
                 }
             }))
             .ok_or(Errno::ENOMEM)?;
-        *self.chipset.lock() = Some(Chipset::new(timer)?);
+        *self.chipset.lock() = Some(Chipset::new(timer, self.ioapic_vectors.clone())?);
         self.irqchip_in_kernel.store(true, Ordering::Release);
         Ok(())
     }
@@ -429,9 +431,7 @@ impl Vm {
                         irr: s.irr,
                         redirtbl: s.redirtbl,
                     };
-                    c.ioapic.set_state(&state, |_, message| {
-                        chipset::deliver(vcpus, &message, None);
-                    });
+                    c.set_ioapic(vcpus, &state);
                 }
                 _ => return Err(Errno::EINVAL),
             }
@@ -515,8 +515,16 @@ impl Vm {
 
     /// Completes an interrupt at the IOAPIC.
     pub(crate) fn eoi(&self, eoi: irqchip::EndOfInterrupt) {
+        if !self.ioapic_has(eoi.vector) {
+            return;
+        }
         let now = self.host.now_ns();
         let _ = self.with_chipset(|c, vcpus| c.eoi(vcpus, eoi, now));
+    }
+
+    /// Whether a pin of the IOAPIC is programmed with the vector.
+    pub(crate) fn ioapic_has(&self, vector: u8) -> bool {
+        self.ioapic_vectors.contains(vector)
     }
 
     /// The vector of the PIC's interrupt acknowledge cycle, if its output is high.

@@ -5,7 +5,10 @@ use crate::events::EventLoop;
 use crate::native::Native;
 use crate::waiter::Futex;
 use kvm_abi::Errno;
-use kvm_core::host::{Host, Timer, Waiter};
+use kvm_core::host::{Host, RunDelay, Timer, Waiter};
+use std::cell::RefCell;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use x86emu::env::HostCpu;
@@ -63,6 +66,29 @@ pub fn tsc_khz() -> u32 {
     })
 }
 
+/// How long this thread has waited for a CPU: the second number of its `schedstat`.
+fn run_delay() -> Option<RunDelay> {
+    thread_local! {
+        static STAT: RefCell<Option<(u64, File)>> = const { RefCell::new(None) };
+    }
+    STAT.with_borrow_mut(|stat| {
+        if stat.is_none() {
+            // SAFETY: gettid has no preconditions.
+            let thread = unsafe { libc::gettid() } as u64;
+            let file = File::open(format!("/proc/self/task/{thread}/schedstat")).ok()?;
+            *stat = Some((thread, file));
+        }
+        let (thread, file) = stat.as_ref()?;
+        let mut text = [0; 96];
+        let n = file.read_at(&mut text, 0).ok()?;
+        let text = std::str::from_utf8(&text[..n]).ok()?;
+        Some(RunDelay {
+            thread: *thread,
+            ns: text.split_ascii_whitespace().nth(1)?.parse().ok()?,
+        })
+    })
+}
+
 fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
     let r = core::arch::x86_64::__cpuid_count(leaf, subleaf);
     [r.eax, r.ebx, r.ecx, r.edx]
@@ -117,6 +143,9 @@ macro_rules! facts {
         }
         fn tsc_khz(&self) -> u32 {
             tsc_khz()
+        }
+        fn run_delay(&self) -> Option<RunDelay> {
+            run_delay()
         }
         fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
             cpuid(leaf, subleaf)

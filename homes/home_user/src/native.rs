@@ -197,6 +197,14 @@ extern "C" fn on_fault(sig: i32, info: *mut libc::siginfo_t, context: *mut libc:
         gregs[libc::REG_RIP as usize] = exit as i64;
         return;
     }
+    if guestmem::probe::is_probe(rip as u64) {
+        let rsp = gregs[libc::REG_RSP as usize];
+        // SAFETY: a probe faults at its first instruction, with its return address on the stack.
+        gregs[libc::REG_RIP as usize] = unsafe { *(rsp as *const i64) };
+        gregs[libc::REG_RSP as usize] = rsp + 8;
+        gregs[libc::REG_RAX as usize] = 1;
+        return;
+    }
     chain(sig, info, context.cast());
 }
 
