@@ -10,7 +10,7 @@ use crate::statistics::{least, median};
 use crate::table::{self, milliseconds, ratio};
 use crate::{Outcome, Result};
 
-const LIMIT: Duration = Duration::from_secs(300);
+const LIMIT: Duration = Duration::from_secs(90);
 /// How long a guest that switches itself off may take.
 const POWER_OFF: Duration = Duration::from_secs(10);
 
@@ -20,7 +20,7 @@ struct Figures {
     wall: Vec<f64>,
     cpu: Vec<f64>,
     end: Vec<f64>,
-    failed: Option<String>,
+    failures: Vec<String>,
 }
 
 /// Boots each machine in turn.
@@ -29,7 +29,7 @@ struct Figures {
 /// If nothing can be measured.
 pub fn run(setup: &Setup) -> Result<Outcome> {
     let rounds = setup.rounds(5);
-    let kinds = Kind::available(setup, &[Kind::AnyKvm, Kind::Microvm, Kind::Q35]);
+    let kinds = Kind::available(setup, &[Kind::AnyKvm, Kind::Tcg, Kind::Microvm]);
     let mut all: Vec<(Kind, Figures)> = kinds.iter().map(|&k| (k, Figures::default())).collect();
     let initrd = setup.initrd("boot.cpio", "boot")?;
     for round in 1..=rounds {
@@ -37,7 +37,7 @@ pub fn run(setup: &Setup) -> Result<Outcome> {
             eprintln!("boot: round {round} of {rounds}, {}", kind.name());
             if let Err(why) = once(setup, *kind, &initrd, figures) {
                 eprintln!("boot: {} failed: {why}", kind.name());
-                figures.failed = Some(why);
+                figures.failures.push(why);
             }
         }
     }
@@ -63,7 +63,7 @@ pub fn run(setup: &Setup) -> Result<Outcome> {
             kind.name().into(),
             json!({
                 "wall_ms": figures.wall, "cpu_ms": figures.cpu, "power_off_ms": figures.end,
-                "median_wall_ms": wall, "times_anykvm": speed, "failed": figures.failed,
+                "median_wall_ms": wall, "times_anykvm": speed, "failures": figures.failures,
             }),
         );
     }
@@ -77,12 +77,18 @@ pub fn run(setup: &Setup) -> Result<Outcome> {
     ];
     print!("{}", table::text(&head, &rows));
     for (kind, figures) in &all {
-        if let Some(why) = &figures.failed {
-            println!("{} failed: {why}", kind.name());
+        if let Some(why) = figures.failures.last() {
+            let times = figures.failures.len();
+            println!(
+                "{} failed in {times} of {rounds} rounds: {why}",
+                kind.name()
+            );
         }
     }
     Ok(Outcome {
-        good: all.iter().all(|(_, figures)| figures.failed.is_none()),
+        good: all
+            .iter()
+            .all(|(kind, figures)| kind.is_tcg() || figures.failures.is_empty()),
         json: results.into(),
     })
 }

@@ -9,7 +9,7 @@ use crate::setup::Setup;
 use crate::statistics::median;
 use crate::{Outcome, Result, table};
 
-const LIMIT: Duration = Duration::from_secs(300);
+const LIMIT: Duration = Duration::from_secs(90);
 /// How long the guest is idle before its process is looked at.
 const SETTLE: Duration = Duration::from_secs(2);
 /// In the name of the mappings of the guest's RAM: AnyKVM's own name, and QEMU's name for its.
@@ -35,7 +35,7 @@ struct Usage {
 pub fn run(setup: &Setup) -> Result<Outcome> {
     let rounds = setup.rounds(3).min(3);
     let initrd = setup.initrd("idle.cpio", "idle")?;
-    let kinds = Kind::available(setup, &[Kind::AnyKvm, Kind::Microvm, Kind::Q35]);
+    let kinds = Kind::available(setup, &[Kind::AnyKvm, Kind::Tcg, Kind::Microvm]);
     let mut rows = Vec::new();
     let mut results = serde_json::Map::new();
     let mut failures = Vec::new();
@@ -49,7 +49,7 @@ pub fn run(setup: &Setup) -> Result<Outcome> {
                     std::thread::sleep(SETTLE);
                     usages.push(usage(machine.pid())?);
                 }
-                Err(why) => failures.push(format!("{} failed: {why}", kind.name())),
+                Err(why) => failures.push((kind, why)),
             }
         }
         let middle = |get: fn(&Usage) -> f64| median(&usages.iter().map(get).collect::<Vec<_>>());
@@ -71,11 +71,11 @@ pub fn run(setup: &Setup) -> Result<Outcome> {
     println!("Memory of the process beside the guest's RAM, idle after boot, median (MiB)");
     let head = ["machine", "RSS", "PSS", "page tables", "guest RAM, mapped"];
     print!("{}", table::text(&head, &rows));
-    for failure in &failures {
-        println!("{failure}");
+    for (kind, why) in &failures {
+        println!("{} failed: {why}", kind.name());
     }
     Ok(Outcome {
-        good: failures.is_empty(),
+        good: failures.iter().all(|(kind, _)| kind.is_tcg()),
         json: results.into(),
     })
 }

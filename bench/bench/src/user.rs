@@ -11,9 +11,11 @@ use crate::statistics::{geometric_mean, least, median};
 use crate::table::{self, milliseconds, ratio};
 use crate::{Outcome, Result};
 
-const KINDS: [Kind; 3] = [Kind::Native, Kind::AnyKvm, Kind::Microvm];
-/// A machine that says nothing for longer is stuck: the guest itself ends a workload after 180 s.
+const KINDS: [Kind; 3] = [Kind::Native, Kind::AnyKvm, Kind::Tcg];
+/// The guest itself ends a workload after 180 s: a machine that says nothing for longer is stuck.
 const LIMIT: Duration = Duration::from_secs(240);
+/// How long a guest may take to its first line.
+const BOOT_LIMIT: Duration = Duration::from_secs(90);
 /// By how much a guest's clock may differ from the host's over a run.
 const CLOCK_ERROR: f64 = 0.02;
 /// The classes of "integer and floating-point user code".
@@ -44,8 +46,8 @@ struct Suite {
     workloads: Vec<Workload>,
     /// By machine: seconds of the guest's clock and of the host's, for each round.
     clocks: BTreeMap<&'static str, Vec<(f64, f64)>>,
-    /// Machines that did not come to an end.
-    broken: Vec<String>,
+    /// Machines that did not come to an end, and why.
+    broken: Vec<(Kind, String)>,
 }
 
 /// Runs the workloads on each machine in turn.
@@ -69,11 +71,16 @@ pub fn run(setup: &Setup) -> Result<Outcome> {
             let machine = Machine::start(kind.command(setup, &initrd, &arguments))?;
             if let Err(why) = suite.follow(kind, machine) {
                 eprintln!("user: {} failed: {why}", kind.name());
-                suite.broken.push(format!("{}: {why}", kind.name()));
+                suite.broken.push((kind, why));
             }
         }
     }
     suite.compare_results();
+    // Classes together, in their order of appearance.
+    let order: Vec<String> = suite.workloads.iter().map(|w| w.class.clone()).collect();
+    suite
+        .workloads
+        .sort_by_key(|w| order.iter().position(|class| *class == w.class));
     suite.print(&kinds);
     Ok(Outcome {
         good: suite.is_good(),
@@ -105,8 +112,11 @@ impl Suite {
     /// Takes the results of one machine until its guest says that it has done all.
     fn follow(&mut self, kind: Kind, mut machine: Machine) -> Result<()> {
         let mut start = None;
+        let mut limit = BOOT_LIMIT;
         loop {
-            match machine.record(LIMIT) {
+            let record = machine.record(limit);
+            limit = LIMIT;
+            match record {
                 Ok(record) => match record.kind() {
                     "start" => start = clock(&record),
                     "end" => {
@@ -203,9 +213,9 @@ impl Suite {
                 workload.shown(Kind::Native),
                 workload.shown(Kind::AnyKvm),
                 ratio(workload.ratio(Kind::AnyKvm, Kind::Native)),
-                workload.shown(Kind::Microvm),
-                ratio(workload.ratio(Kind::Microvm, Kind::Native)),
-                ratio(workload.ratio(Kind::Microvm, Kind::AnyKvm)),
+                workload.shown(Kind::Tcg),
+                ratio(workload.ratio(Kind::Tcg, Kind::Native)),
+                ratio(workload.ratio(Kind::Tcg, Kind::AnyKvm)),
             ]);
         }
         print!("{}", table::text(&head, &rows));
@@ -235,13 +245,10 @@ impl Suite {
         let slower: Vec<&str> = self
             .workloads
             .iter()
-            .filter(|w| {
-                w.ratio(Kind::Microvm, Kind::AnyKvm)
-                    .is_some_and(|r| r < 1.0)
-            })
+            .filter(|w| w.ratio(Kind::Tcg, Kind::AnyKvm).is_some_and(|r| r < 1.0))
             .map(|w| w.name.as_str())
             .collect();
-        if kinds.contains(&Kind::AnyKvm) && kinds.contains(&Kind::Microvm) {
+        if kinds.contains(&Kind::AnyKvm) && kinds.contains(&Kind::Tcg) {
             match slower.as_slice() {
                 [] => println!("slower than TCG: none"),
                 names => println!("slower than TCG: {}", names.join(", ")),
@@ -268,8 +275,8 @@ impl Suite {
                 }
             }
         }
-        for why in &self.broken {
-            println!("not all ran: {why}");
+        for (kind, why) in &self.broken {
+            println!("{}: not all ran: {why}", kind.name());
         }
     }
 
@@ -278,8 +285,8 @@ impl Suite {
         let means = |wanted: &dyn Fn(&str) -> bool| {
             [
                 (Kind::AnyKvm, Kind::Native),
-                (Kind::Microvm, Kind::Native),
-                (Kind::Microvm, Kind::AnyKvm),
+                (Kind::Tcg, Kind::Native),
+                (Kind::Tcg, Kind::AnyKvm),
             ]
             .map(|(a, b)| {
                 let ratios: Vec<f64> = self
@@ -309,13 +316,20 @@ impl Suite {
         rows
     }
 
+    /// Whether AnyKVM ran all, and computed what the host did. What QEMU cannot do is told only.
     fn is_good(&self) -> bool {
-        self.broken.is_empty()
-            && self.clocks.values().all(|times| is_right(times))
-            && self
-                .workloads
-                .iter()
-                .all(|w| w.cells.values().all(|cell| cell.failed.is_none()))
+        let ours = |kind: &str| kind != Kind::Tcg.name();
+        let failed = self
+            .workloads
+            .iter()
+            .flat_map(|w| &w.cells)
+            .any(|(kind, cell)| ours(kind) && cell.failed.is_some());
+        let broken = self.broken.iter().any(|(kind, _)| ours(kind.name()));
+        let clocks = self
+            .clocks
+            .iter()
+            .all(|(kind, times)| !ours(kind) || is_right(times));
+        !failed && !broken && clocks
     }
 
     fn json(&self) -> Value {
@@ -345,9 +359,14 @@ impl Suite {
                 json!({ "class": name, "anykvm_to_native": own, "tcg_to_native": tcg, "tcg_to_anykvm": speed })
             })
             .collect();
+        let broken: Vec<String> = self
+            .broken
+            .iter()
+            .map(|(kind, why)| format!("{}: {why}", kind.name()))
+            .collect();
         json!({
             "workloads": workloads, "geometric_means": summary,
-            "clocks_guest_host_s": self.clocks, "broken": self.broken,
+            "clocks_guest_host_s": self.clocks, "broken": broken,
         })
     }
 }
