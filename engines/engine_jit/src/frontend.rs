@@ -358,13 +358,14 @@ fn classify(insn: &Instruction, bytes: &[u8], ctx: Context) -> (Kind, Option<Enc
             return interpret;
         }
         FlowControl::IndirectBranch if insn.is_jmp_near_indirect() => {
-            if is_native_branch_size(insn, bytes, ctx) {
+            if is_native_branch_size(insn, bytes, ctx) && address_ok(insn, ctx) {
                 return (Kind::JmpIndirect, None, false);
             }
             return interpret;
         }
         FlowControl::IndirectCall if insn.is_call_near_indirect() => {
-            if is_native_branch_size(insn, bytes, ctx) && ctx.flat_stack() {
+            if is_native_branch_size(insn, bytes, ctx) && ctx.flat_stack() && address_ok(insn, ctx)
+            {
                 return (Kind::CallIndirect, None, false);
             }
             return interpret;
@@ -544,6 +545,8 @@ fn address_ok(insn: &Instruction, ctx: Context) -> bool {
         return true;
     }
     match insn.memory_segment() {
+        // Code segments are not writable, and some not readable.
+        Register::CS => false,
         Register::FS => ctx.fs_flat(),
         Register::GS => ctx.gs_flat(),
         _ => ctx.flat(),

@@ -60,6 +60,7 @@ pub fn rules(insn: &Instruction) -> Rules {
                 | M::Maskmovq | M::Wait
         )
         || insn.is_call_far_indirect()
+        || insn.is_vsib()
         || insn.is_jmp_far_indirect()
         || matches!(insn.mnemonic(), M::Cmpsb | M::Cmpsw | M::Cmpsq)
         || matches!(insn.code(), Code::Cmpsd_m32_m32)
@@ -67,6 +68,10 @@ pub fn rules(insn: &Instruction) -> Rules {
     if insn.is_save_restore_instruction() {
         // Which components count as in use is the processor's choice.
         rules.memory = false;
+    }
+    if matches!(insn.mnemonic(), M::Pushf | M::Pushfd | M::Pushfq) {
+        // Alignment of flag images is not checked here.
+        rules.fault = false;
     }
     match insn.mnemonic() {
         // They would call the kernel, or the kernel emulates them or has its own tables.

@@ -14,6 +14,7 @@ mod state {
 #[path = "../../../core/x86emu/src/tests/native.rs"]
 pub mod host_cpu;
 
+pub mod campaign;
 pub mod case;
 pub mod forms;
 pub mod guest;
@@ -24,3 +25,4 @@ pub mod minimize;
 pub mod random;
 pub mod sequence;
 pub mod suite;
+pub mod text;

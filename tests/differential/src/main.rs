@@ -1,107 +1,134 @@
 //! The long-running mode: `cargo run -p differential --release -- --seconds 600 --seed N`.
 
-use differential::forms;
+use differential::campaign::{self, Failure, Forms};
+use differential::case::Case;
 use differential::random::Random;
-use differential::suite::{Rules, Suite};
+use differential::sequence::Pool;
+use differential::suite::Suite;
+use iced_x86::{Decoder, DecoderOptions};
+use std::collections::BTreeMap;
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-fn main() {
+const USAGE: &str = "usage: differential [--seconds N] [--seed N] [--bits 64|32] [--only FORM] \
+[--forms | --sequences] [--list]
+Runs random instructions and sequences on the host CPU, in the interpreter and in the translator, and
+compares. --list: the forms that were not covered, with the reason.";
+
+struct Options {
+    seconds: u64,
+    seed: u64,
+    bits: u32,
+    only: Option<String>,
+    forms: bool,
+    sequences: bool,
+    list: bool,
+}
+
+fn options() -> Result<Options, String> {
+    let mut o = Options { seconds: 10, seed: 1, bits: 64, only: None, forms: true, sequences: true, list: false };
     let mut args = std::env::args().skip(1);
-    let (mut seconds, mut seed, mut only, mut bits) = (10u64, 1u64, None, 64u32);
     while let Some(a) = args.next() {
-        let mut next = || args.next().unwrap_or_default();
+        let mut value = || args.next().ok_or(format!("{a} needs a value"));
+        let number = |v: String| v.parse::<u64>().map_err(|_| format!("{v} is not a number"));
         match a.as_str() {
-            "--seconds" => seconds = next().parse().unwrap_or(10),
-            "--seed" => seed = next().parse().unwrap_or(1),
-            "--only" => only = Some(next()),
-            "--bits" => bits = next().parse().unwrap_or(64),
-            "--sequences" => {}
-            other => {
-                eprintln!("differential: unknown option {other}");
-                std::process::exit(2);
-            }
-        }
-    }
-    let mut suite = Suite::new();
-    let mut r = Random(seed);
-    let end = Instant::now() + Duration::from_secs(seconds);
-    let list = forms::all(bits);
-    if std::env::args().any(|a| a == "--sequences") {
-        return sequences(&mut suite, &mut r, end, bits);
-    }
-    let (mut cases, mut bad) = (0u64, std::collections::BTreeMap::<String, (u32, String)>::new());
-    while Instant::now() < end {
-        for &code in &list {
-            if let Some(o) = &only && !format!("{code:?}").contains(o.as_str()) {
-                continue;
-            }
-            let Some((mut case, insn)) = forms::make(&mut r, code, bits) else { continue };
-            if std::env::var_os("AC").is_some() {
-                case.rflags |= 1 << 18;
-            }
-            let mut plain = iced_x86::Instruction::default();
-            plain.set_code(code);
-            if insn.is_invalid() && !forms::rules(&plain).native {
-                continue;
-            }
-            let rules = if bits == 64 { forms::rules(&insn) } else { Rules { native: false, ..forms::rules(&insn) } };
-            let odd = forms::odd_offset(&insn, &case);
-            let rules = Rules { native: rules.native && !odd, ..rules };
-            cases += 1;
-            if std::env::var_os("TRACE").is_some() {
-                eprintln!("{code:?} {insn} {:02x?}", case.code);
-            }
-            let run = suite.run(&case, rules);
-            if let Some(d) = run.difference {
-                let e = bad.entry(format!("{code:?} {}", d.who)).or_insert((0, String::new()));
-                e.0 += 1;
-                if std::env::var_os("MASKS").is_some() && insn.op_mask() != iced_x86::Register::None && e.0 < 9 {
-                    let at = differential::case::component(5).0 + 8 * insn.op_mask().number();
-                    println!("{insn} mask {:02x?} at {:x?} {}", &case.start().regs.xsave.0[at..at + 8], forms::address(&insn, &case.gpr, &case), d.what);
-                }
-                if e.0 == 1 {
-                    e.1 = format!("{insn} [{:02x?}] {} != {}: {}", case.code, d.who, d.from, d.what);
+            "--seconds" => o.seconds = number(value()?)?,
+            "--seed" => o.seed = number(value()?)?,
+            "--bits" => {
+                o.bits = match value()?.as_str() {
+                    "64" => 64,
+                    "32" => 32,
+                    v => return Err(format!("--bits is 64 or 32, not {v}")),
                 }
             }
+            "--only" => (o.only, o.sequences) = (Some(value()?), false),
+            "--forms" => o.sequences = false,
+            "--sequences" => o.forms = false,
+            "--list" => o.list = true,
+            _ => return Err(format!("unknown option {a}\n{USAGE}")),
         }
     }
-    println!("{} forms, {cases} cases, {} forms differ", list.len(), bad.len());
-    for (k, (n, text)) in &bad {
-        println!("{n:4} {k}: {text}");
-    }
+    Ok(o)
 }
 
-fn disassemble(case: &differential::case::Case) {
-    use iced_x86::{Decoder, DecoderOptions, FastFormatter};
+fn disassemble(case: &Case) {
     let mut d = Decoder::with_ip(case.bits, &case.code, case.at, DecoderOptions::NONE);
-    let mut f = FastFormatter::new();
     while d.can_decode() {
+        let at = d.position();
         let i = d.decode();
-        if matches!(case.code[(i.ip() - case.at) as usize], 0x90 | 0xcc) {
-            continue;
+        if !matches!(case.code[at], 0x90 | 0xcc) {
+            println!("    {:x}: {i}", i.ip());
         }
-        let mut s = String::new();
-        f.format(&i, &mut s);
-        println!("    {:x}: {s}", i.ip());
     }
 }
 
-fn sequences(suite: &mut Suite, r: &mut Random, end: Instant, bits: u32) {
-    let pool = differential::sequence::Pool::new(bits);
-    let (mut n, mut bad, mut complete) = (0u64, 0u64, 0u64);
-    while Instant::now() < end && bad < 12 {
-        let seed = r.0;
-        let case = differential::sequence::make(r, &pool);
-        n += 1;
-        let rules = Rules { native: bits == 64, ..Rules::default() };
-        let run = suite.run(&case, rules);
-        complete += u64::from(run.reference.vector == 3);
-        if let Some(d) = run.difference {
-            bad += 1;
-            let (case, d) = differential::minimize::minimize(suite, &case, rules, d);
-            println!("seed {seed:#x}: {} != {}: {} (ends with {} at {:#x})", d.who, d.from, d.what, run.reference.vector, run.reference.regs.rip);
-            disassemble(&case);
+fn show(f: &Failure) {
+    let d = &f.difference;
+    println!("{}: {} differs from {}: {}", f.name, d.who, d.from, d.what);
+    disassemble(&f.case);
+    println!("  {}", f.line);
+}
+
+fn main() -> ExitCode {
+    let o = match options() {
+        Ok(o) => o,
+        Err(e) => {
+            eprintln!("differential: {e}");
+            return ExitCode::from(2);
+        }
+    };
+    let mut suite = Suite::new();
+    let mut r = Random(o.seed);
+    let start = Instant::now();
+    let mut forms = Forms::new(o.bits);
+    let pool = Pool::new(o.bits);
+    let (mut sequences, mut complete, mut failures) = (0u64, 0u64, Vec::new());
+    while start.elapsed() < Duration::from_secs(o.seconds) {
+        if o.forms {
+            forms.round(&mut suite, &mut r, o.only.as_deref());
+        }
+        for _ in 0..if o.sequences { 2000 } else { 0 } {
+            let (vector, failure) = campaign::sequence(&mut suite, &mut r, &pool, o.bits);
+            sequences += 1;
+            complete += u64::from(vector == 3);
+            if let Some(f) = failure {
+                show(&f);
+                failures.push(f);
+            }
+        }
+        if failures.len() > 20 {
+            println!("more than 20 sequences differ: stopping");
+            break;
         }
     }
-    println!("{n} sequences, {complete} to the end, {bad} differ");
+    for f in forms.failures.values() {
+        show(f);
+    }
+    let uncovered = forms.uncovered();
+    if o.list {
+        for (code, reason) in &uncovered {
+            println!("{code:?} [{}]: {reason}", differential::forms::features(*code));
+        }
+    }
+    if o.forms {
+        println!(
+            "forms: {} of {} covered ({} compared with the host CPU), {} cases, {} forms differ",
+            forms.covered(),
+            forms.known(),
+            forms.covered_natively(),
+            forms.cases,
+            forms.failures.len()
+        );
+        let mut reasons = BTreeMap::new();
+        for (_, reason) in uncovered {
+            *reasons.entry(reason).or_insert(0) += 1;
+        }
+        for (reason, n) in reasons {
+            println!("  {n} not covered: {reason}");
+        }
+    }
+    if o.sequences {
+        println!("sequences: {sequences}, {complete} of them to the end, {} differ", failures.len());
+    }
+    ExitCode::from(u8::from(!forms.failures.is_empty() || !failures.is_empty()))
 }

@@ -45,6 +45,7 @@ fn usable(code: Code, bits: u32) -> bool {
         && rules.values
         // Stores of x87 pointers, which are not kept, and of state in no fixed form.
         && rules.memory
+        && rules.fault
         && !matches!(
             code.mnemonic(),
             Mnemonic::Fnsave | Mnemonic::Fsave | Mnemonic::Fnstenv | Mnemonic::Fstenv
@@ -471,6 +472,17 @@ impl Writer<'_> {
         }
         let target = self.enc(Instruction::with2(Code::Mov_r32_imm32, Register::EAX + u32::from(n), 0x1122_3344), at);
         let place = between.len() + target.len() - 4;
+        if self.r.one_in(3) {
+            // By way of the other mapping of the code, one byte further on.
+            let to = at + 11 + place as u64 - CODE.linear + ALIAS.linear;
+            let mut out = vec![0xc7, 0x04, 0x25];
+            out.extend((to as u32).to_le_bytes());
+            out.extend((self.r.bits() as u32).to_le_bytes());
+            // A jump, so that the processor has to notice.
+            out.extend(between);
+            out.extend(target);
+            return out;
+        }
         let mut out = vec![0xc7, 0x05];
         out.extend((place as u32).to_le_bytes());
         out.extend((self.r.bits() as u32).to_le_bytes());

@@ -207,7 +207,7 @@ impl<E: Env + ?Sized> Step<'_, E> {
             self.insn.mnemonic(),
             M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq
         );
-        if self.insn.is_vsib() || masked {
+        if self.insn.is_vsib() || masked || super::masked::packed(self.insn.mnemonic()) {
             return Ok(());
         }
         let align = match len {

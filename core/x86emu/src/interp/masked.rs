@@ -8,7 +8,7 @@ use crate::state::gpr;
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 /// Compress stores and expand loads access the selected elements packed together.
-fn packed(m: Mnemonic) -> bool {
+pub(super) fn packed(m: Mnemonic) -> bool {
     matches!(
         m,
         Mnemonic::Vcompressps
@@ -164,6 +164,15 @@ fn masked_element(m: Mnemonic) -> Option<usize> {
     }
 }
 
+/// Conversions of 32-bit elements to 64 bits: a broadcast fills half a vector of them.
+fn widens(m: Mnemonic) -> bool {
+    use Mnemonic::*;
+    matches!(
+        m,
+        Vcvtps2pd | Vcvtdq2pd | Vcvtudq2pd | Vcvtps2qq | Vcvtps2uqq | Vcvttps2qq | Vcvttps2uqq
+    )
+}
+
 /// Bytes of the vectors that an instruction with an embedded broadcast works on.
 fn vector_size(insn: &Instruction) -> usize {
     use iced_x86::OpCodeOperandKind as K;
@@ -210,7 +219,8 @@ impl<E: Env + ?Sized> Step<'_, E> {
         let mask = vector::opmask(area, insn.op_mask().number());
         if insn.is_broadcast() {
             // Which elements of the vector there are decides whether the one access happens.
-            let lanes = (vector_size(insn) / size.max(1)).clamp(1, 64) as u32;
+            let lane = if widens(insn.mnemonic()) { 8 } else { size };
+            let lanes = (vector_size(insn) / lane.max(1)).clamp(1, 64) as u32;
             let any = mask & (u64::MAX >> (64 - lanes)) != 0;
             return (element, u64::from(any));
         }
@@ -268,7 +278,7 @@ impl<E: Env + ?Sized> Step<'_, E> {
     }
 
     /// What every MMX instruction does to the x87 state: TOP = 0, all registers valid.
-    fn enter_mmx(&mut self) {
+    pub(super) fn enter_mmx(&mut self) {
         let bytes = vector::live_mut(&mut self.cpu.xsave, vector::component::X87);
         let top = usize::from(bytes[3] >> 3 & 7);
         bytes[3] &= !0x38;

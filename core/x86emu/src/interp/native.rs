@@ -16,7 +16,7 @@ use crate::mem;
 use crate::paging::Access;
 use crate::state::{XsaveArea, gpr};
 use alloc::boxed::Box;
-use iced_x86::{Mnemonic, Register};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 const CR4_OSXMMEXCPT: u64 = 1 << 10;
 /// The largest operand is FNSAVE's 108 bytes.
@@ -68,6 +68,10 @@ impl Native {
     }
 }
 
+fn uses_mmx(insn: &Instruction) -> bool {
+    (0..insn.op_count()).any(|n| insn.op_kind(n) == OpKind::Register && insn.op_register(n).is_mm())
+}
+
 fn interpret_vector(vector: u8, cr4: u64) -> Stop {
     match vector {
         0 => Stop::de(),
@@ -90,9 +94,15 @@ impl<E: Env + ?Sized> Step<'_, E> {
         fpu: bool,
     ) -> Result<(), Stop> {
         let area = fpu.then_some(&mut self.cpu.xsave);
-        self.env
+        let done = self
+            .env
             .native(code, regs, area)
-            .map_err(|v| interpret_vector(v, self.cpu.cr4))
+            .map_err(|v| interpret_vector(v, self.cpu.cr4));
+        if fpu && done == Err(Stop::xm()) && self.env.features().amd && uses_mmx(self.insn) {
+            // AMD's processors have entered MMX mode when the conversion faults.
+            self.enter_mmx();
+        }
+        done
     }
 
     /// Replaces the arithmetic flags.
