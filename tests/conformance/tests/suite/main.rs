@@ -1,0 +1,4 @@
+//! The conformance suite: see the crate's documentation.
+#![recursion_limit = "512"]
+
+mod paging;
