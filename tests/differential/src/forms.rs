@@ -65,6 +65,10 @@ pub fn rules(insn: &Instruction) -> Rules {
         || matches!(insn.mnemonic(), M::Cmpsb | M::Cmpsw | M::Cmpsq)
         || matches!(insn.code(), Code::Cmpsd_m32_m32)
         || (0..insn.op_count()).any(mmx));
+    if insn.code() == Code::Movsxd_r16_rm16 {
+        // AMD's processors read four bytes.
+        rules.fault = false;
+    }
     if insn.is_save_restore_instruction() {
         // Which components count as in use is the processor's choice.
         rules.memory = false;
@@ -859,12 +863,19 @@ pub fn make(r: &mut Random, code: Code, bits: u32) -> Option<(Case, Instruction)
     }
     if code.op_code().op_kinds().contains(&OpCodeOperandKind::seg_reg)
         || far(&insn)
+        || compresses(code)
         || matches!(code.mnemonic(), Mnemonic::Pop | Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq)
     {
-        // RFLAGS.AC is not looked at in transfers and segment loads.
+        // RFLAGS.AC is not looked at in transfers and segment loads, and what the processor does for
+        // compressed operands follows no rule.
         case.rflags &= !(1 << 18);
     }
     Some((case, decoded))
+}
+
+fn compresses(code: Code) -> bool {
+    let name = format!("{:?}", code.mnemonic());
+    name.contains("compress") || name.contains("expand")
 }
 
 fn far(insn: &Instruction) -> bool {

@@ -327,6 +327,9 @@ impl Writer<'_> {
 
     /// A loop of a few rounds.
     fn repeat(&mut self, at: u64, depth: u32) -> Vec<u8> {
+        if self.reserved.count_ones() > if self.long() { 12 } else { 5 } {
+            return self.plain(at);
+        }
         let counter = self.free();
         let reg = self.wide(counter);
         let n = 1 + self.r.below(6) as i32;
