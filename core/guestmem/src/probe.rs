@@ -19,7 +19,11 @@ unsafe extern "sysv64" fn write(at: *mut u8) -> u32 {
 }
 
 /// Whether the host page at `at` can be read, and if `for_write` written.
-pub fn accessible(at: *mut u8, for_write: bool) -> bool {
+///
+/// # Safety
+/// `at` must point into what a memslot calls guest memory, mapped or not, and the home's fault handler
+/// must be in place.
+pub unsafe fn accessible(at: *mut u8, for_write: bool) -> bool {
     // SAFETY: the functions follow the calling convention and change nothing but RAX and RCX. If the
     // access faults, the home continues behind the call with a non-zero result (see `is_probe`).
     let fault = unsafe { if for_write { write(at) } else { read(at) } };

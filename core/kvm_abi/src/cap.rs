@@ -69,6 +69,7 @@ pub const fn value(cap: u32) -> i32 {
         nr::MAX_VCPU_ID => MAX_VCPU_ID as i32,
         nr::NR_MEMSLOTS => 32764,
         nr::XSAVE2 => 4096,
+        nr::SET_GUEST_DEBUG2 => super::guestdbg::VALID as i32,
         nr::ADJUST_CLOCK => (super::clock::TSC_STABLE) as i32,
         nr::MANUAL_DIRTY_LOG_PROTECT2 => 3,
         nr::IRQCHIP
@@ -93,6 +94,8 @@ pub const fn value(cap: u32) -> i32 {
         | nr::INTERNAL_ERROR_DATA
         | nr::VCPU_EVENTS
         | nr::DEBUGREGS
+        | nr::SET_GUEST_DEBUG
+        | nr::X86_ROBUST_SINGLESTEP
         | nr::XSAVE
         | nr::XCRS
         | nr::GET_TSC_KHZ

@@ -185,6 +185,9 @@ pub mod guestdbg {
     pub const INJECT_DB: u32 = 0x4_0000;
     pub const INJECT_BP: u32 = 0x8_0000;
     pub const BLOCKIRQ: u32 = 0x10_0000;
+    /// KVM_GUESTDBG_VALID_MASK
+    pub const VALID: u32 =
+        ENABLE | SINGLESTEP | USE_SW_BP | USE_HW_BP | INJECT_DB | INJECT_BP | BLOCKIRQ;
 }
 
 /// `kvm_clock_data::flags`.

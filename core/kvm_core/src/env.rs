@@ -1,6 +1,7 @@
 //! What a running vCPU's instructions find around the CPU core: devices, MSRs, CPUID, time.
 
 use crate::cpuid::{self, Cpuid};
+use crate::debug::Breakpoints;
 use crate::host::Timer;
 use crate::hypercall;
 use crate::inflight::{InFlight, Op, Pending};
@@ -54,6 +55,8 @@ pub(crate) struct VcpuEnv {
     pub mp_state: u32,
     /// KVM_SET_GUEST_DEBUG's control.
     pub guest_debug: u32,
+    /// The debugger's hardware breakpoints; the guest's while the debugger's are in place.
+    pub breakpoints: Breakpoints,
     native: Box<dyn HostCpu + Send>,
     timer: Box<dyn Timer>,
     armed_ns: Option<u64>,
@@ -97,6 +100,7 @@ impl VcpuEnv {
                 mp_state::UNINITIALIZED
             },
             guest_debug: 0,
+            breakpoints: Breakpoints::default(),
             native,
             timer,
             armed_ns: None,

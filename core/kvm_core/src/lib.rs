@@ -11,6 +11,7 @@ extern crate std;
 mod chipset;
 mod clock;
 pub mod cpuid;
+mod debug;
 pub mod engine;
 mod env;
 pub mod host;

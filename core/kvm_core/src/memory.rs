@@ -90,7 +90,8 @@ impl Reader {
         self.renew(memory);
         self.view
             .host_ptr(gpa, len, write, &self.hint)
-            .filter(|&p| guestmem::probe::accessible(p, write))
+            // SAFETY: the pointer is a slot's; making vCPUs, the home has put its handler in place.
+            .filter(|&p| unsafe { guestmem::probe::accessible(p, write) })
     }
 
     /// Reads guest memory; `false` where part of it is not RAM.

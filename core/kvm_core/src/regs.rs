@@ -4,10 +4,10 @@ use crate::cpuid::{Cpuid, supported_xcr0};
 use crate::vcpu::{Vcpu, request};
 use alloc::vec::Vec;
 use kvm_abi::{
-    Errno, guestdbg, kvm_cpuid_entry2, kvm_debugregs, kvm_dtable, kvm_exception_event, kvm_fpu,
-    kvm_guest_debug, kvm_interrupt_event, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
-    kvm_nmi_event, kvm_regs, kvm_segment, kvm_sregs, kvm_sregs2, kvm_translation, kvm_vcpu_events,
-    kvm_xcr, kvm_xcrs, kvm_xsave, mp_state, vcpuevent,
+    Errno, kvm_cpuid_entry2, kvm_debugregs, kvm_dtable, kvm_exception_event, kvm_fpu,
+    kvm_interrupt_event, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_nmi_event, kvm_regs,
+    kvm_segment, kvm_sregs, kvm_sregs2, kvm_translation, kvm_vcpu_events, kvm_xcr, kvm_xcrs,
+    kvm_xsave, mp_state, vcpuevent,
 };
 use x86defs::{cr0, cr4, dr, efer, rflags, vector};
 use x86emu::env::Exception;
@@ -639,41 +639,6 @@ impl Vcpu {
         cpu.dr = d.db;
         cpu.dr6 = d.dr6;
         cpu.dr7 = d.dr7 | dr::DR7_FIXED;
-        self.engine.state_changed();
-        Ok(())
-    }
-
-    /// KVM_SET_GUEST_DEBUG.
-    ///
-    /// # Errors
-    /// EINVAL for unknown controls and for hardware breakpoints, which are not served; EBUSY when an
-    /// exception is pending that the injected one would replace.
-    pub fn set_guest_debug(&mut self, debug: &kvm_guest_debug) -> Result<(), Errno> {
-        let known = guestdbg::ENABLE
-            | guestdbg::SINGLESTEP
-            | guestdbg::USE_SW_BP
-            | guestdbg::INJECT_DB
-            | guestdbg::INJECT_BP
-            | guestdbg::BLOCKIRQ;
-        if debug.control & !known != 0 {
-            return Err(Errno::EINVAL);
-        }
-        let inject = match debug.control & (guestdbg::INJECT_DB | guestdbg::INJECT_BP) {
-            0 => None,
-            guestdbg::INJECT_DB => Some(vector::DB),
-            _ => Some(vector::BP),
-        };
-        if let Some(vector) = inject {
-            if self.env.events.exception.is_some() {
-                return Err(Errno::EBUSY);
-            }
-            self.env.events.exception = Some(Exception {
-                vector,
-                error: None,
-                payload: 0,
-            });
-        }
-        self.env.guest_debug = debug.control & !(guestdbg::INJECT_DB | guestdbg::INJECT_BP);
         self.engine.state_changed();
         Ok(())
     }

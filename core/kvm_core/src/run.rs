@@ -9,8 +9,8 @@ use crate::sync::yield_now;
 use crate::vcpu::{Vcpu, request};
 use kvm_abi::run::{self, internal, reason};
 use kvm_abi::{Errno, guestdbg, mp_state};
-use x86defs::{cr0, dr, rflags, vector};
-use x86emu::env::{Exception, Exit};
+use x86defs::{cr0, rflags};
+use x86emu::env::Exit;
 use x86emu::event::{self, Event};
 use x86emu::state::{CpuState, Segment, gpr, shadow, sreg};
 
@@ -18,7 +18,7 @@ use crate::host::Wake;
 
 /// What comes after a turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Next {
+pub(crate) enum Next {
     /// Another turn.
     Turn,
     /// Back to user space; `kvm_run` says why.
@@ -117,16 +117,15 @@ impl Vcpu {
             self.env.run.set_reason(reason::IRQ_WINDOW_OPEN);
             return Ok(Next::User);
         }
-        let exit = if self.single_step() {
-            self.traced_step()
-        } else {
-            self.engine.run(&mut self.env, irq_window || user_window)
-        };
+        if self.env.guest_debug != 0 {
+            return self.debugged_turn(irq_window || user_window);
+        }
+        let exit = self.engine.run(&mut self.env, irq_window || user_window);
         self.decide(exit)
     }
 
     /// What an exit means.
-    fn decide(&mut self, exit: Exit) -> Result<Next, Errno> {
+    pub(crate) fn decide(&mut self, exit: Exit) -> Result<Next, Errno> {
         self.check_host_fault()?;
         let page = &self.env.run;
         match exit {
@@ -372,7 +371,11 @@ impl Vcpu {
     /// Delivers the most urgent pending event, if the guest can take it now.
     fn inject(&mut self) -> Result<Injected, Exit> {
         if let Some(exception) = self.env.events.exception.take() {
-            self.deliver(Event::from(exception))?;
+            // User space injects it for the guest; a debugger does not get it back.
+            let debug = core::mem::take(&mut self.env.guest_debug);
+            let result = self.deliver(Event::from(exception));
+            self.env.guest_debug = debug;
+            result?;
         }
         let cpu = self.engine.cpu_ref();
         if self.env.events.interrupt_acked
@@ -432,41 +435,6 @@ impl Vcpu {
             }
             result => result,
         }
-    }
-
-    // Guest debugging.
-
-    fn single_step(&self) -> bool {
-        let both = guestdbg::ENABLE | guestdbg::SINGLESTEP;
-        self.env.guest_debug & both == both
-    }
-
-    /// One instruction for the debugger.
-    fn traced_step(&mut self) -> Exit {
-        match self.engine.step(&mut self.env) {
-            None => Exit::Debug(Exception {
-                vector: vector::DB,
-                error: None,
-                payload: dr::DR6_BS,
-            }),
-            Some(exit) => exit,
-        }
-    }
-
-    fn debug_exit(&mut self, exception: &Exception) {
-        let cpu = self.engine.cpu_ref();
-        let page = &self.env.run;
-        page.set_reason(reason::DEBUG);
-        page.set_u32(run::EXIT, u32::from(exception.vector));
-        page.set_u32(run::EXIT + 4, 0);
-        page.set_u64(run::EXIT + 8, linear_rip(cpu));
-        let dr6 = if exception.vector == vector::DB {
-            dr::DR6_FIXED | exception.payload
-        } else {
-            cpu.dr6
-        };
-        page.set_u64(run::EXIT + 16, dr6);
-        page.set_u64(run::EXIT + 24, cpu.dr7);
     }
 }
 

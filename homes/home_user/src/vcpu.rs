@@ -4,6 +4,7 @@
 use crate::abi;
 use crate::events::last_errno;
 use crate::exit::{VcpuExit, decode};
+use crate::interrupt::Running;
 use kvm_abi::{Errno, run};
 use kvm_bindings::{
     CpuId, Msrs, kvm_debugregs, kvm_fpu, kvm_guest_debug, kvm_lapic_state, kvm_mp_state, kvm_regs,
@@ -109,12 +110,15 @@ impl Vcpu {
     ///
     /// # Errors
     /// EINTR: kicked, a signal while halted, or `immediate_exit`. EAGAIN: an application processor
-    /// waited for its start-up IPI; run again.
+    /// waited for its start-up IPI; run again. EFAULT: the memory behind a memslot is not there (any
+    /// more); the instruction has not happened.
     pub fn run(&mut self) -> Result<VcpuExit<'_>, Errno> {
+        let running = Running::new(&self.shared);
         self.core
             .get_mut()
             .unwrap_or_else(PoisonError::into_inner)
             .run()?;
+        drop(running);
         // SAFETY: the exit borrows `self`, so nothing runs the vCPU or touches the page meanwhile.
         Ok(unsafe { decode(&self.page) })
     }
