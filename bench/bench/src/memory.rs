@@ -1,5 +1,6 @@
 //! `bench memory`: memory of the machine's process beside the guest's RAM, idle after boot.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde_json::json;
@@ -16,7 +17,7 @@ const SETTLE: Duration = Duration::from_secs(2);
 const RAM_NAMES: [&str; 2] = ["memfd:guest-ram", "memfd:memory-backend-memfd"];
 
 /// Memory of a process, in MiB.
-#[derive(Debug, Default, Clone, Copy, PartialEq)]
+#[derive(Debug, Default, Clone, PartialEq)]
 struct Usage {
     /// Resident pages of the guest's RAM, each once for each mapping.
     ram: f64,
@@ -26,6 +27,8 @@ struct Usage {
     pss: f64,
     /// The process's page tables.
     tables: f64,
+    /// `pss` by the name of the mapping.
+    by_name: BTreeMap<String, f64>,
 }
 
 /// Boots each machine to an idle `/init` and looks at its process.
@@ -39,6 +42,7 @@ pub fn run(setup: &Setup) -> Result<Outcome> {
     let mut rows = Vec::new();
     let mut results = serde_json::Map::new();
     let mut failures = Vec::new();
+    let mut details = Vec::new();
     for kind in kinds {
         let mut usages = Vec::new();
         for round in 1..=rounds {
@@ -63,14 +67,24 @@ pub fn run(setup: &Setup) -> Result<Outcome> {
         row.extend(values.map(|v| v.map_or("-".into(), |mib| format!("{mib:.1}"))));
         rows.push(row);
         let [rss, pss, tables, ram] = values;
+        let largest = usages.last().map(Usage::largest).unwrap_or_default();
+        let parts: Vec<String> = largest
+            .iter()
+            .map(|(name, mib)| format!("{name} {mib:.1}"))
+            .collect();
+        details.push(format!("{}: {}", kind.name(), parts.join(", ")));
         results.insert(
             kind.name().into(),
-            json!({ "rss_mib": rss, "pss_mib": pss, "page_tables_mib": tables, "guest_ram_mapped_mib": ram }),
+            json!({ "rss_mib": rss, "pss_mib": pss, "page_tables_mib": tables, "guest_ram_mapped_mib": ram, "largest_pss_mib": largest }),
         );
     }
     println!("Memory of the process beside the guest's RAM, idle after boot, median (MiB)");
     let head = ["machine", "RSS", "PSS", "page tables", "guest RAM, mapped"];
     print!("{}", table::text(&head, &rows));
+    println!("\nlargest parts of the PSS:");
+    for detail in &details {
+        println!("  {detail}");
+    }
     for (kind, why) in &failures {
         println!("{} failed: {why}", kind.name());
     }
@@ -78,6 +92,16 @@ pub fn run(setup: &Setup) -> Result<Outcome> {
         good: failures.iter().all(|(kind, _)| kind.is_tcg()),
         json: results.into(),
     })
+}
+
+impl Usage {
+    /// The names with the most PSS.
+    fn largest(&self) -> Vec<(String, f64)> {
+        let mut parts: Vec<(String, f64)> = self.by_name.clone().into_iter().collect();
+        parts.sort_by(|a, b| b.1.total_cmp(&a.1));
+        parts.truncate(6);
+        parts
+    }
 }
 
 fn usage(pid: u32) -> Result<Usage> {
@@ -102,16 +126,23 @@ fn mib(value: &str) -> f64 {
 fn parse(smaps: &str) -> Usage {
     let mut usage = Usage::default();
     let mut ram = false;
+    let mut name = "";
     for line in smaps.lines() {
         match line.split_once(':') {
             Some(("Rss", value)) if ram => usage.ram += mib(value),
             Some(("Rss", value)) => usage.rss += mib(value),
-            Some(("Pss", value)) if !ram => usage.pss += mib(value),
+            Some(("Pss", value)) if !ram => {
+                usage.pss += mib(value);
+                *usage.by_name.entry(name.to_owned()).or_default() += mib(value);
+            }
             // A mapping's first line starts with its addresses, the others with a name.
             _ if line.contains('-')
                 && line.starts_with(|c: char| c.is_ascii_hexdigit() && !c.is_ascii_uppercase()) =>
             {
                 ram = RAM_NAMES.iter().any(|name| line.contains(name));
+                // After addresses, permissions, offset, device and inode; none: anonymous.
+                let path = line.split_whitespace().nth(5).unwrap_or("anonymous");
+                name = path.rsplit('/').next().unwrap_or(path);
             }
             _ => {}
         }
@@ -141,5 +172,7 @@ Pss:                2048 kB
 ";
         let usage = parse(smaps);
         assert_eq!((usage.ram, usage.rss, usage.pss), (10.0, 3.0, 2.5));
+        let expected = [("anonymous".to_owned(), 2.0), ("anykvm".to_owned(), 0.5)];
+        assert_eq!(usage.largest(), expected);
     }
 }

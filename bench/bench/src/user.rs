@@ -406,3 +406,47 @@ fn is_right(times: &[(f64, f64)]) -> bool {
     let (guest, host) = total(times);
     (guest - host).abs() <= CLOCK_ERROR * host + 0.05
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn result(checksum: &str, ns: u64) -> Value {
+        json!({
+            "record": "result", "name": "crc32", "class": "integer",
+            "checksum": checksum, "ns": [ns, ns + 2, ns + 4],
+        })
+    }
+
+    #[test]
+    fn ratios_are_of_medians() {
+        let mut suite = Suite::default();
+        suite.take(Kind::Native, &result("1", 98));
+        suite.take(Kind::AnyKvm, &result("1", 198));
+        suite.compare_results();
+        assert_eq!(
+            suite.workloads[0].ratio(Kind::AnyKvm, Kind::Native),
+            Some(2.0)
+        );
+        assert!(suite.is_good());
+    }
+
+    #[test]
+    fn a_wrong_result_does_not_score() {
+        let mut suite = Suite::default();
+        suite.take(Kind::Native, &result("1", 100));
+        suite.take(Kind::AnyKvm, &result("2", 10));
+        suite.compare_results();
+        assert_eq!(suite.workloads[0].ratio(Kind::AnyKvm, Kind::Native), None);
+        assert!(!suite.is_good());
+    }
+
+    #[test]
+    fn a_slow_clock_is_noticed() {
+        let mut suite = Suite::default();
+        suite.clocks.insert("anykvm", vec![(10.0, 10.02)]);
+        assert!(suite.is_good());
+        suite.clocks.insert("anykvm", vec![(5.0, 10.0)]);
+        assert!(!suite.is_good());
+    }
+}
