@@ -51,7 +51,9 @@ pub fn attempt(a: &mut CodeAssembler, f: impl FnOnce(&mut CodeAssembler)) {
     if a.bitness() == 64 {
         asm!(a; lea(r15, ptr(next)););
     } else {
-        asm!(a; lea(ebp, ptr(next)););
+        // A call leaves the address of a jump to the end.
+        let mut on = a.create_label();
+        asm!(a; call(on); jmp(next); set_label(&mut on); pop(ebp););
     }
     f(a);
     a.set_label(&mut next).unwrap();
@@ -118,4 +120,9 @@ pub fn call_user(a: &mut CodeAssembler, entry: u64, stack: u64, flags: u32) {
         set_label(&mut back);
         nop();
     );
+}
+
+/// Lets the host act.
+pub fn host(a: &mut CodeAssembler) {
+    asm!(a; out(u32::from(layout::PORT_HOST), al););
 }

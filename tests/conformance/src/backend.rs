@@ -150,7 +150,15 @@ impl Vm {
     }
 
     /// KVM_SET_USER_MEMORY_REGION with `size` bytes of `memory` from `offset`; 0 deletes.
-    pub fn set_slot(&self, slot: u32, gpa: u64, memory: &Memory, offset: u64, size: u64, flags: u32) {
+    pub fn set_slot(
+        &self,
+        slot: u32,
+        gpa: u64,
+        memory: &Memory,
+        offset: u64,
+        size: u64,
+        flags: u32,
+    ) {
         assert!(offset + size <= memory.size());
         let region = kvm_userspace_memory_region {
             slot,
@@ -371,5 +379,18 @@ impl Vcpu {
     /// KVM_SET_GUEST_DEBUG
     pub fn set_guest_debug(&self, debug: &kvm_guest_debug) {
         both!(&self.inner, Inner, v => v.set_guest_debug(debug), "KVM_SET_GUEST_DEBUG");
+    }
+}
+
+impl Vcpu {
+    /// A bit of the CPUID that the vCPU shows; `register` counts from EAX.
+    pub fn has(&self, leaf: u32, subleaf: u32, register: usize, bit: u32) -> bool {
+        let cpuid =
+            both!(&self.inner, Inner, v => v.get_cpuid2(KVM_MAX_CPUID_ENTRIES), "KVM_GET_CPUID2");
+        cpuid
+            .as_slice()
+            .iter()
+            .find(|e| e.function == leaf && (e.index == subleaf || e.flags & 1 == 0))
+            .is_some_and(|e| [e.eax, e.ebx, e.ecx, e.edx][register] >> bit & 1 != 0)
     }
 }

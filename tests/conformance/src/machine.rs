@@ -246,7 +246,12 @@ impl Machine {
             self.root.store(t.root, Ordering::Relaxed);
             return t;
         }
-        PageTables::at(&self.memory, paging, self.root.load(Ordering::Relaxed), &self.next_table)
+        PageTables::at(
+            &self.memory,
+            paging,
+            self.root.load(Ordering::Relaxed),
+            &self.next_table,
+        )
     }
 
     /// Other page tables than those.
@@ -418,9 +423,7 @@ impl Machine {
         std::thread::scope(|scope| {
             let threads: Vec<_> = vcpus
                 .into_iter()
-                .map(|mut v| {
-                    scope.spawn(move || self.finish(&mut v))
-                })
+                .map(|mut v| scope.spawn(move || self.finish(&mut v)))
                 .collect();
             threads
                 .into_iter()
