@@ -90,14 +90,14 @@ pub const KERNELS: &[Kernel] = &[
     Kernel {
         name: "newest",
         about: "the newest generic kernel of the archive",
-        suites: &["trixie-backports", "sid"],
+        suites: &["sid"],
         package: "linux-image-amd64",
         architecture: "amd64",
     },
     Kernel {
         name: "newest-cloud",
         about: "the newest cloud kernel of the archive",
-        suites: &["trixie-backports", "sid"],
+        suites: &["sid"],
         package: "linux-image-cloud-amd64",
         architecture: "amd64",
     },
@@ -197,10 +197,16 @@ impl Kernel {
         let write = |name: &str, content: &[u8]| {
             fs::write(temporary.path().join(name), content).doing("cannot write the cache")
         };
-        let mut files = self.image_files(&apt, &image)?;
+        let mut files = image_files(&apt, &image)?;
+        // Since Linux 7 the kernel and its modules have packages of their own.
+        for name in &image.depends {
+            if name.starts_with("linux-binary-") || name.starts_with("linux-modules-") {
+                files.extend(image_files(&apt, &of_archive(name)?)?);
+            }
+        }
         let vmlinuz = files
             .keys()
-            .find(|name| name.starts_with("boot/vmlinuz-"))
+            .find(|name| name.starts_with("boot/vmlinuz-") || name.ends_with("/vmlinuz"))
             .cloned()
             .and_then(|name| files.remove(&name))
             .ok_or_else(|| Error::new(format!("{} holds no kernel", image.name)))?;
@@ -222,21 +228,6 @@ impl Kernel {
         )?;
         let _ = fs::remove_dir_all(directory);
         fs::rename(temporary.keep(), directory).doing("cannot write the cache")
-    }
-
-    /// The kernel and all modules of the package.
-    fn image_files(&self, apt: &Apt, image: &Package) -> Result<BTreeMap<String, Vec<u8>>, Error> {
-        let package = apt.download(image, |_| {})?;
-        let files = deb::files(&package, |name| {
-            name.starts_with("boot/vmlinuz-")
-                || name.contains("/virtio")
-                || name.contains("/kernel/drivers/char/hw_random/")
-                || name.contains("/failover.ko")
-                || name.contains("/net_failover.ko")
-                || name.contains("/af_packet.ko")
-        });
-        let _ = fs::remove_file(package);
-        files
     }
 
     /// apt with the suites of this kernel instead of the host's.
@@ -302,6 +293,22 @@ fn mirrors() -> (String, String) {
         site(false, "http://deb.debian.org/debian/"),
         site(true, "http://deb.debian.org/debian-security/"),
     )
+}
+
+/// The kernel and the modules that may be needed from a package.
+fn image_files(apt: &Apt, image: &Package) -> Result<BTreeMap<String, Vec<u8>>, Error> {
+    let package = apt.download(image, |_| {})?;
+    let files = deb::files(&package, |name| {
+        name.starts_with("boot/vmlinuz-")
+            || name.ends_with("/vmlinuz")
+            || name.contains("/virtio")
+            || name.contains("/kernel/drivers/char/hw_random/")
+            || name.contains("/failover.ko")
+            || name.contains("/net_failover.ko")
+            || name.contains("/af_packet.ko")
+    });
+    let _ = fs::remove_file(package);
+    files
 }
 
 /// The wanted modules and what they need, decompressed.

@@ -149,7 +149,7 @@ impl Session {
         Ok(())
     }
 
-    /// Runs a command in the guest's shell, which must not echo what is typed; returns its output.
+    /// Runs a command in the guest's shell, which must not echo what is typed; returns its output, trimmed.
     ///
     /// # Errors
     /// If it fails, or does not end within `limit`.
@@ -169,7 +169,7 @@ impl Session {
                 output.trim()
             )));
         }
-        Ok(output.replace('\r', ""))
+        Ok(output.replace('\r', "").trim().to_owned())
     }
 
     /// Waits for the program's end. `None` as the exit code: it was killed by a signal.

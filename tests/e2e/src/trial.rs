@@ -57,13 +57,12 @@ pub fn trial(files: &Files, cpus: u32) -> Result<Passed, Error> {
     if said.contains("cannot load") || said.contains("Kernel panic") {
         return Err(Error::Wrong(said));
     }
-    let uname = guest.command("uname -rm", ANSWER)?.trim().to_owned();
+    // Takes the shell's greeting with it.
+    guest.command("true", ANSWER)?;
+    let uname = guest.command("uname -rm", ANSWER)?;
     let count = guest.command("grep -c '^processor' /proc/cpuinfo", ANSWER)?;
-    wrong_unless(count.trim() == cpus.to_string(), || {
-        format!(
-            "{cpus} CPUs were asked for, the guest sees {}",
-            count.trim()
-        )
+    wrong_unless(count == cpus.to_string(), || {
+        format!("{cpus} CPUs were asked for, the guest sees {}", count)
     })?;
     clock(&mut guest)?;
     load(&mut guest, cpus)?;
@@ -73,8 +72,8 @@ pub fn trial(files: &Files, cpus: u32) -> Result<Passed, Error> {
         "dmesg | grep -E 'BUG|WARNING|Call Trace|Oops|stall|lockup|nstable|protection fault|segfault|traps:|I/O error|nobody cared|timed out|Firmware Bug|Spurious' || true",
         ANSWER,
     )?;
-    wrong_unless(complaints.trim().is_empty(), || {
-        format!("the kernel complains: {}", complaints.trim())
+    wrong_unless(complaints.is_empty(), || {
+        format!("the kernel complains: {}", complaints)
     })?;
     guest.type_in("poweroff -f\n")?;
     let code = guest.end(ANSWER)?;
@@ -111,7 +110,7 @@ fn clock(guest: &mut Session) -> Result<(), Error> {
         .duration_since(SystemTime::UNIX_EPOCH)
         .unwrap_or_default()
         .as_secs();
-    let date: u64 = date.trim().parse().unwrap_or(0);
+    let date: u64 = date.parse().unwrap_or(0);
     wrong_unless(date.abs_diff(host) <= 2, || {
         format!("the guest's clock says {date}, the host's {host}")
     })?;
@@ -135,7 +134,7 @@ fn load(guest: &mut Session, cpus: u32) -> Result<(), Error> {
     let jobs = cpus * 2;
     let sums = guest.command(
         &format!(
-            "for job in $(seq {jobs}); do (for turn in 1 2 3 4 5 6 7 8; do \
+            "for job in $(seq {jobs}); do (for turn in 1 2 3; do \
              seq 20000 | gzip | gzip -d | sha256sum; done) & done; wait"
         ),
         BOOT,
@@ -143,8 +142,8 @@ fn load(guest: &mut Session, cpus: u32) -> Result<(), Error> {
     let text: String = (1..=20_000).map(|n| format!("{n}\n")).collect();
     let right = digest(text.as_bytes());
     let found = sums.lines().filter(|line| line.starts_with(&right)).count();
-    wrong_unless(found == jobs as usize * 8, || {
-        format!("{found} of {} checksums are right: {sums}", jobs * 8)
+    wrong_unless(found == jobs as usize * 3, || {
+        format!("{found} of {} checksums are right: {sums}", jobs * 3)
     })
 }
 
@@ -184,7 +183,7 @@ fn network(guest: &mut Session) -> Result<(), Error> {
         connection.write_all(&content)
     });
     let got = guest.command(
-        &format!("wget -q -T 20 -O - http://10.0.2.2:{port}/ | sha256sum"),
+        &format!("wget -q -O - http://10.0.2.2:{port}/ | sha256sum"),
         ANSWER,
     )?;
     wrong_unless(got.starts_with(&sum), || {
@@ -193,7 +192,7 @@ fn network(guest: &mut Session) -> Result<(), Error> {
 }
 
 /// Bytes that do not compress, the same for the same seed.
-fn noise(seed: u64, length: usize) -> Vec<u8> {
+pub fn noise(seed: u64, length: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let mut bytes = Vec::with_capacity(length + 8);
     while bytes.len() < length {
