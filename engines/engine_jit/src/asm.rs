@@ -343,6 +343,13 @@ impl Asm {
         self.d32(rel);
     }
 
+    /// `jmp` to an absolute address within 2 GiB.
+    pub fn jmp_to(&mut self, target: u64) {
+        let rel = target.wrapping_sub(self.pc() + 5) as u32;
+        self.buf.push(0xe9);
+        self.d32(rel);
+    }
+
     /// `call` of an absolute address within 2 GiB.
     pub fn call_to(&mut self, target: u64) {
         let rel = target.wrapping_sub(self.pc() + 5) as u32;

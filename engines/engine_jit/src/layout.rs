@@ -92,6 +92,10 @@ pub struct VcpuMem {
     pub this: u64,
     /// The running `run::Runner`, valid while `run` is on the stack.
     pub runner: u64,
+    /// The indirect branch that led to the dispatcher: its page offset, bit 16 set.
+    pub branch: u32,
+    /// What that branch has added to RSP.
+    pub branch_moved: i32,
     /// Spill slots of emitted code.
     pub spill: [u64; 4],
     /// Spill slots of the page-crossing stubs.
@@ -118,6 +122,8 @@ macro_rules! offsets {
 }
 
 offsets! {
+    BRANCH = branch;
+    BRANCH_MOVED = branch_moved;
     GPR = cpu.gpr;
     RFLAGS = cpu.rflags;
     SEG = cpu.seg;

@@ -744,6 +744,23 @@ extern "sysv64" fn helper_jump(vm: *mut VcpuMem, _: *const u8) -> u64 {
     // SAFETY: called by the stub with its contract.
     let r = unsafe { runner(vm) };
     r.stats.jumps += 1;
+    let branch = std::mem::take(&mut r.vm.branch);
+    if branch != 0
+        && Context(r.vm.ctx).code_size() == CodeSize::Bits64
+        && !paging::canonical(&r.vm.cpu, r.vm.t)
+    {
+        // The branch itself is #GP: undone and left to the interpreter.
+        let rsp = &mut r.vm.cpu.gpr[x86emu::state::gpr::RSP];
+        *rsp = rsp.wrapping_sub(i64::from(r.vm.branch_moved) as u64);
+        r.sync(branch & 0xfff);
+        return match r.step() {
+            Stepped::Retired | Stepped::Redirected => r.dispatch(),
+            Stepped::Exit(exit) => {
+                r.exit = Some(exit);
+                0
+            }
+        };
+    }
     r.sync_linear(r.vm.t);
     debug_assert!(jump_index(r.vm.t) < crate::layout::JUMP_ENTRIES);
     r.dispatch()

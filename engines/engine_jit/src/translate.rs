@@ -86,6 +86,13 @@ enum Cold {
         save: bool,
         restore_rcx: bool,
     },
+    /// An indirect branch whose target is not in the jump cache: jumps to bind, page offset of the
+    /// branch, what it has added to RSP.
+    Lost {
+        jumps: [usize; 2],
+        branch: u16,
+        moved: i32,
+    },
     /// A taken conditional jump backwards or out of the page: jump to bind.
     Taken { jump: usize, target: i64, live: u32 },
     /// Loads the FPU: jump to bind, where to go on.
@@ -144,7 +151,7 @@ pub fn translate(block: &Decoded, ctx: Context, stubs: &Stubs, base: u64, bmi2: 
             // Both pages must be looked up: that is the jump cache's business.
             x.save_flags(live);
             x.load_linear(T, i64::from(block.end));
-            x.jump_t();
+            x.jump_t(None);
         } else {
             x.jump_direct(i64::from(block.end), live, false);
         }
@@ -1000,7 +1007,7 @@ impl Tx<'_> {
         if !(0..4096).contains(&target) {
             self.save_flags(live);
             self.load_linear(T, target);
-            self.jump_t();
+            self.jump_t(None);
             return;
         }
         self.restore_flags(live, false);
@@ -1055,11 +1062,22 @@ impl Tx<'_> {
     }
 
     /// Jumps to the linear address in T; live flags are in memory.
-    fn jump_t(&mut self) {
+    ///
+    /// `from`: of an indirect branch, its page offset and what it has added to RSP, for the case that
+    /// the target is not canonical.
+    fn jump_t(&mut self, from: Option<(u16, i32)>) {
         let base = jumps_base(self.ctx.tlb());
         let a = &mut self.a;
+        let stub = self.stubs.jump;
+        let miss = |a: &mut Asm| {
+            if from.is_some() {
+                return a.jcc(cc::NE);
+            }
+            a.jcc_to(cc::NE, stub);
+            0
+        };
         a.cmp_mem_imm8(Size::D, Mem::Gs(off::ATTENTION), 0);
-        a.jcc_to(cc::NE, self.stubs.jump);
+        let polled = miss(a);
         if self.bmi2 {
             a.rorx(I, T, 12);
         } else {
@@ -1072,8 +1090,15 @@ impl Tx<'_> {
         a.op_reg(Size::D, &[0xc1], 4, I); // shl
         a.bytes(&[4]);
         a.op_mem(Size::Q, &[0x3b], T, Mem::GsBase(I, base)); // cmp
-        a.jcc_to(cc::NE, self.stubs.jump);
+        let missed = miss(a);
         a.op_mem(Size::D, &[0xff], 4, Mem::GsBase(I, base + 8));
+        if let Some((branch, moved)) = from {
+            self.cold.push(Cold::Lost {
+                jumps: [polled, missed],
+                branch,
+                moved,
+            });
+        }
     }
 
     /// Pushes the return address; flags are out of the way.
@@ -1120,7 +1145,7 @@ impl Tx<'_> {
         self.save_flags(op.live_before);
         let mut misses = Vec::new();
         self.load_target(op, &mut misses);
-        self.jump_t();
+        self.jump_t(Some((op.off, 0)));
         self.resume_miss(misses, op);
     }
 
@@ -1131,7 +1156,7 @@ impl Tx<'_> {
         self.a.store(Size::Q, Mem::Gs(off::SPILL), T);
         self.push_return(op, &mut misses);
         self.a.load(Size::Q, T, Mem::Gs(off::SPILL));
-        self.jump_t();
+        self.jump_t(Some((op.off, -self.stack_size().1)));
         self.resume_miss(misses, op);
     }
 
@@ -1142,8 +1167,9 @@ impl Tx<'_> {
         self.stack_address(T, 0);
         let miss = self.probe(n as usize, false, retry, op);
         self.a.load(size, T, Mem::Sib(Some(I), Some((T, 0)), 0));
-        self.stack_address(GUEST_RSP, n + i32::from(release));
-        self.jump_t();
+        let moved = n + i32::from(release);
+        self.stack_address(GUEST_RSP, moved);
+        self.jump_t(Some((op.off, moved)));
         self.resume_miss([miss], op);
     }
 
@@ -1262,6 +1288,19 @@ impl Tx<'_> {
                 }
                 self.a.call_to(self.stubs.poll);
                 self.a.d32(u32::from(target));
+            }
+            Cold::Lost {
+                jumps,
+                branch,
+                moved,
+            } => {
+                for j in jumps {
+                    self.a.bind(j);
+                }
+                let branch = i32::from(branch) | 1 << 16;
+                self.a.store_imm(Size::D, Mem::Gs(off::BRANCH), branch);
+                self.a.store_imm(Size::D, Mem::Gs(off::BRANCH_MOVED), moved);
+                self.a.jmp_to(self.stubs.jump);
             }
             Cold::Taken { jump, target, live } => {
                 self.a.bind(jump);

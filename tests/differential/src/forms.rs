@@ -65,6 +65,10 @@ pub fn rules(insn: &Instruction) -> Rules {
         || matches!(insn.mnemonic(), M::Cmpsb | M::Cmpsw | M::Cmpsq)
         || matches!(insn.code(), Code::Cmpsd_m32_m32)
         || (0..insn.op_count()).any(mmx));
+    if insn.is_call_near_indirect() {
+        // The translator has pushed the return address before it finds that the target is bad.
+        rules.fault = false;
+    }
     if insn.code() == Code::Movsxd_r16_rm16 {
         // AMD's processors read four bytes.
         rules.fault = false;
