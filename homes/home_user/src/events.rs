@@ -198,6 +198,38 @@ impl Inner {
     }
 }
 
+/// Asks the scheduler for short slices for this thread. It runs for microseconds at a time, and busy
+/// vCPUs wait for what it brings; with the slices of everyone else it would get its turn after theirs
+/// (since Linux 6.12; before, nothing changes).
+fn run_soon() {
+    /// `struct sched_attr`, its first version.
+    #[repr(C)]
+    #[derive(Default)]
+    struct SchedAttr {
+        size: u32,
+        policy: u32,
+        flags: u64,
+        nice: i32,
+        priority: u32,
+        runtime: u64,
+        deadline: u64,
+        period: u64,
+    }
+    /// The shortest slice there is.
+    const SLICE_NS: u64 = 100_000;
+    let mut attr = SchedAttr::default();
+    let size = size_of::<SchedAttr>();
+    // SAFETY: the structure is as large as stated and outlives the calls, which concern this thread.
+    unsafe {
+        if libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attr, size, 0) == 0
+            && attr.policy == libc::SCHED_OTHER as u32
+        {
+            attr.runtime = SLICE_NS;
+            libc::syscall(libc::SYS_sched_setattr, 0, &raw const attr, 0);
+        }
+    }
+}
+
 impl EventLoop {
     /// Starts the thread.
     ///
@@ -218,7 +250,10 @@ impl EventLoop {
         let served = inner.clone();
         let thread = std::thread::Builder::new()
             .name("anykvm-events".into())
-            .spawn(move || served.serve())
+            .spawn(move || {
+                run_soon();
+                served.serve();
+            })
             .map_err(|_| Errno::EAGAIN)?;
         Ok(EventLoop {
             inner,
