@@ -154,7 +154,7 @@ impl Vcpu {
             Exit::Shutdown => page.set_reason(reason::SHUTDOWN),
             Exit::EmulationFailed => {
                 let cpu = self.engine.cpu_ref();
-                log::error!(
+                log::info!(
                     "vcpu {}: cannot execute the instruction at {:#x}:{:#x}",
                     self.env.shared.id(),
                     cpu.seg[sreg::CS].selector,
