@@ -84,9 +84,9 @@ impl Session {
         })
     }
 
-    /// The process.
-    pub fn pid(&self) -> u32 {
-        self.child.id()
+    /// Sends the program a signal.
+    pub fn signal(&self, signal: nix::sys::signal::Signal) {
+        crate::program::send(&self.child, signal);
     }
 
     /// All output so far.
