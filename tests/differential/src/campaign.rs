@@ -4,9 +4,9 @@ use crate::case::Case;
 use crate::forms;
 use crate::minimize::minimize;
 use crate::random::Random;
-use crate::suite::{Difference, Rules, Suite};
+use crate::suite::{Difference, Rules, Run, Suite};
 use crate::{sequence, text};
-use iced_x86::{Code, Instruction};
+use iced_x86::{Code, Decoder, DecoderOptions, Instruction};
 use std::collections::BTreeMap;
 
 /// A case that differs.
@@ -46,6 +46,20 @@ pub struct Forms {
     pub cases: u64,
 }
 
+/// Runs a recorded case under the rules of its first instruction.
+pub fn replay(suite: &mut Suite, case: &Case) -> Run {
+    let mut insn = Instruction::default();
+    Decoder::with_ip(case.bits, &case.code, case.at, DecoderOptions::NONE).decode_out(&mut insn);
+    let rules = forms::rules(&insn);
+    suite.run(
+        case,
+        Rules {
+            native: rules.native && case.bits == 64,
+            ..rules
+        },
+    )
+}
+
 fn line(suite: &mut Suite, case: &Case, rules: Rules) -> String {
     let run = suite.run(case, rules);
     format!("{} => {}", text::write(case), text::outcome(&run.reference))
@@ -54,7 +68,13 @@ fn line(suite: &mut Suite, case: &Case, rules: Rules) -> String {
 impl Forms {
     /// The forms of 64-bit mode, or with `bits` 32 of compatibility mode.
     pub fn new(bits: u32) -> Self {
-        Forms { bits, codes: forms::all(bits), seen: BTreeMap::new(), failures: BTreeMap::new(), cases: 0 }
+        Forms {
+            bits,
+            codes: forms::all(bits),
+            seen: BTreeMap::new(),
+            failures: BTreeMap::new(),
+            cases: 0,
+        }
     }
 
     /// Number of forms that the decoder's tables know.
@@ -72,14 +92,19 @@ impl Forms {
     }
 
     fn case(&mut self, suite: &mut Suite, r: &mut Random, code: Code) {
-        let Some((case, insn)) = forms::make(r, code, self.bits) else { return };
+        let Some((case, insn)) = forms::make(r, code, self.bits) else {
+            return;
+        };
         let mut plain = Instruction::default();
         plain.set_code(code);
         if insn.is_invalid() && !forms::rules(&plain).native {
             return;
         }
         let rules = forms::rules(&insn);
-        let rules = Rules { native: rules.native && self.bits == 64 && !forms::odd_offset(&insn, &case), ..rules };
+        let rules = Rules {
+            native: rules.native && self.bits == 64 && !forms::odd_offset(&insn, &case),
+            ..rules
+        };
         self.cases += 1;
         let run = suite.run(&case, rules);
         if insn.code() == code {
@@ -93,7 +118,15 @@ impl Forms {
             let key = format!("{code:?} {}", difference.who);
             if !self.failures.contains_key(&key) {
                 let line = line(suite, &case, rules);
-                self.failures.insert(key, Failure { name: insn.to_string(), case, difference, line });
+                self.failures.insert(
+                    key,
+                    Failure {
+                        name: insn.to_string(),
+                        case,
+                        difference,
+                        line,
+                    },
+                );
             }
         }
     }
@@ -105,7 +138,10 @@ impl Forms {
 
     /// Forms among [`Forms::covered`] that were compared with the host CPU.
     pub fn covered_natively(&self) -> usize {
-        self.seen.values().filter(|f| f.runs > f.undefined && f.native > 0).count()
+        self.seen
+            .values()
+            .filter(|f| f.runs > f.undefined && f.native > 0)
+            .count()
     }
 
     /// The other forms, with the reason.
@@ -116,21 +152,37 @@ impl Forms {
                 Some(f) if f.runs > f.undefined => None,
                 Some(f) if f.native > 0 => Some((code, "#UD: the host does not have it")),
                 Some(_) => Some((code, "#UD in the guest; not run on the host")),
-                None => Some((code, "not produced by the generator, or decoded as another form")),
+                None => Some((
+                    code,
+                    "not produced by the generator, or decoded as another form",
+                )),
             })
             .collect()
     }
 }
 
 /// Runs one random sequence; the failure, minimized, if it differs.
-pub fn sequence(suite: &mut Suite, r: &mut Random, pool: &sequence::Pool, bits: u32) -> (u32, Option<Failure>) {
+pub fn sequence(
+    suite: &mut Suite,
+    r: &mut Random,
+    pool: &sequence::Pool,
+    bits: u32,
+) -> (u32, Option<Failure>) {
     let case = sequence::make(r, pool);
-    let rules = Rules { native: bits == 64, ..Rules::default() };
+    let rules = Rules {
+        native: bits == 64,
+        ..Rules::default()
+    };
     let run = suite.run(&case, rules);
     let failure = run.difference.map(|d| {
         let (case, difference) = minimize(suite, &case, rules, d);
         let line = line(suite, &case, rules);
-        Failure { name: "sequence".into(), case, difference, line }
+        Failure {
+            name: "sequence".into(),
+            case,
+            difference,
+            line,
+        }
     });
     (run.reference.vector, failure)
 }

@@ -91,7 +91,11 @@ impl Case {
     pub fn start(&self) -> Start {
         let mut memory = vec![0; crate::layout::USER_SIZE as usize];
         self.fill(&mut memory);
-        Start { bits: self.bits, regs: self.regs(), memory }
+        Start {
+            bits: self.bits,
+            regs: self.regs(),
+            memory,
+        }
     }
 
     /// A case with no code yet.
@@ -197,9 +201,15 @@ pub fn vector_state(seed: u64) -> Box<XsaveArea> {
     for n in 0..8 {
         let (mantissa, exponent) = match r.below(8) {
             0 => (r.bits(), r.bits() as u16),
-            1 => (r.pick(&[0, 1 << 63, 3 << 62, (1 << 63) | 1, 1]), r.pick(&[0, 0x7fff, 0xffff, 0x3fff])),
+            1 => (
+                r.pick(&[0, 1 << 63, 3 << 62, (1 << 63) | 1, 1]),
+                r.pick(&[0, 0x7fff, 0xffff, 0x3fff]),
+            ),
             2 => (1 << 63, 0x3fff),
-            _ => (r.bits() | 1 << 63, 0x3fff - 20 + r.below(40) as u16 | (r.below(2) as u16) << 15),
+            _ => (
+                r.bits() | 1 << 63,
+                0x3fff - 20 + r.below(40) as u16 | (r.below(2) as u16) << 15,
+            ),
         };
         a[32 + 16 * n..40 + 16 * n].copy_from_slice(&mantissa.to_le_bytes());
         a[40 + 16 * n..42 + 16 * n].copy_from_slice(&exponent.to_le_bytes());
@@ -237,7 +247,11 @@ pub fn vector_state(seed: u64) -> Box<XsaveArea> {
     }
     a[0..2].copy_from_slice(&control.to_le_bytes());
     // Any TOP and condition codes, no exceptions pending.
-    let status = if r.one_in(3) { 0 } else { r.bits() as u16 & 0x7f00 };
+    let status = if r.one_in(3) {
+        0
+    } else {
+        r.bits() as u16 & 0x7f00
+    };
     a[2..4].copy_from_slice(&status.to_le_bytes());
     a[4] = match r.below(4) {
         0 => 0,
@@ -258,7 +272,9 @@ pub fn vector_state(seed: u64) -> Box<XsaveArea> {
 fn set_zmm(area: &mut XsaveArea, n: usize, bytes: &[u8]) {
     let a = &mut area.0;
     let components = host_components();
-    let mut bv = u64::from_le_bytes([a[512], a[513], a[514], a[515], a[516], a[517], a[518], a[519]]);
+    let mut bv = u64::from_le_bytes([
+        a[512], a[513], a[514], a[515], a[516], a[517], a[518], a[519],
+    ]);
     if n < 16 {
         a[160 + 16 * n..176 + 16 * n].copy_from_slice(&bytes[..16]);
         bv |= 2;

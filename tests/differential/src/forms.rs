@@ -24,7 +24,9 @@ pub enum Excluded {
 
 /// The forms that the decoder's tables know for a mode.
 pub fn all(bits: u32) -> Vec<Code> {
-    Code::values().filter(|c| excluded(*c, bits).is_none()).collect()
+    Code::values()
+        .filter(|c| excluded(*c, bits).is_none())
+        .collect()
 }
 
 fn excluded(code: Code, bits: u32) -> Option<Excluded> {
@@ -49,15 +51,26 @@ fn excluded(code: Code, bits: u32) -> Option<Excluded> {
 /// Whether and how a form can be compared with the host.
 pub fn rules(insn: &Instruction) -> Rules {
     use Mnemonic as M;
-    let mut rules = Rules { undefined: undefined(insn), ..Rules::default() };
+    let mut rules = Rules {
+        undefined: undefined(insn),
+        ..Rules::default()
+    };
     let mmx = |n| insn.op_kind(n) == OpKind::Register && insn.op_register(n).is_mm();
     // The host's microcode touches the operands of these in its own order, and AMD's processors change
     // the x87 tags before an MMX instruction faults.
     rules.fault = !(insn.is_save_restore_instruction()
         || matches!(
             insn.mnemonic(),
-            M::Fnsave | M::Fsave | M::Frstor | M::Fnstenv | M::Fstenv | M::Fldenv | M::Maskmovdqu | M::Vmaskmovdqu
-                | M::Maskmovq | M::Wait
+            M::Fnsave
+                | M::Fsave
+                | M::Frstor
+                | M::Fnstenv
+                | M::Fstenv
+                | M::Fldenv
+                | M::Maskmovdqu
+                | M::Vmaskmovdqu
+                | M::Maskmovq
+                | M::Wait
         )
         || insn.is_call_far_indirect()
         || insn.is_vsib()
@@ -83,13 +96,34 @@ pub fn rules(insn: &Instruction) -> Rules {
     }
     match insn.mnemonic() {
         // They would call the kernel, or the kernel emulates them or has its own tables.
-        M::Syscall | M::Sysenter | M::Int | M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw => rules.native = false,
+        M::Syscall | M::Sysenter | M::Int | M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw => {
+            rules.native = false
+        }
         // A hypervisor below the host may see them first, and does as it likes.
-        M::Clgi | M::Stgi | M::Invlpga | M::Skinit | M::Vmrun | M::Vmload | M::Vmsave | M::Vmgexit | M::Vmcall
-        | M::Vmmcall | M::Monitorx | M::Mwaitx | M::Monitor | M::Mwait | M::Pvalidate | M::Rmpadjust
-        | M::Rmpupdate | M::Rmpquery | M::Psmash | M::Int1 => rules.native = false,
+        M::Clgi
+        | M::Stgi
+        | M::Invlpga
+        | M::Skinit
+        | M::Vmrun
+        | M::Vmload
+        | M::Vmsave
+        | M::Vmgexit
+        | M::Vmcall
+        | M::Vmmcall
+        | M::Monitorx
+        | M::Mwaitx
+        | M::Monitor
+        | M::Mwait
+        | M::Pvalidate
+        | M::Rmpadjust
+        | M::Rmpupdate
+        | M::Rmpquery
+        | M::Psmash
+        | M::Int1 => rules.native = false,
         // What they read is the host's own business.
-        M::Lsl | M::Lar | M::Verr | M::Verw | M::Cpuid | M::Rdpid | M::Xgetbv => rules.native = false,
+        M::Lsl | M::Lar | M::Verr | M::Verw | M::Cpuid | M::Rdpid | M::Xgetbv => {
+            rules.native = false
+        }
         M::Rdtsc | M::Rdtscp | M::Rdrand | M::Rdseed | M::Rdpmc | M::Rdpru => {
             rules.native = false;
             rules.values = false;
@@ -104,7 +138,14 @@ pub fn undefined(insn: &Instruction) -> u64 {
     use iced_x86::RflagsBits as B;
     let u = insn.rflags_undefined();
     let mut bits = 0;
-    for (b, flag) in [(B::CF, 0), (B::PF, 2), (B::AF, 4), (B::ZF, 6), (B::SF, 7), (B::OF, 11)] {
+    for (b, flag) in [
+        (B::CF, 0),
+        (B::PF, 2),
+        (B::AF, 4),
+        (B::ZF, 6),
+        (B::SF, 7),
+        (B::OF, 11),
+    ] {
         if u & b != 0 {
             bits |= 1 << flag;
         }
@@ -152,7 +193,13 @@ fn nth(base: Register, n: u8) -> Register {
 pub struct Pointers(pub Vec<(u8, u64)>);
 
 /// One memory operand through a pointer, with the displacement that its value asks for.
-fn memory_through(r: &mut Random, insn: &mut Instruction, case: &Case, pointers: &Pointers, size: u64) {
+fn memory_through(
+    r: &mut Random,
+    insn: &mut Instruction,
+    case: &Case,
+    pointers: &Pointers,
+    size: u64,
+) {
     let long = case.bits == 64;
     let first = if long { Register::RAX } else { Register::EAX };
     let (base, value) = pointers.0[r.below(pointers.0.len() as u64) as usize];
@@ -166,7 +213,11 @@ fn memory_through(r: &mut Random, insn: &mut Instruction, case: &Case, pointers:
         9 => DATA.linear + 3 * PAGE + r.below(PAGE - size),
         _ => DATA.linear + (r.below(2 * PAGE - size) & !63),
     };
-    let goal = if value > 1 << 32 { HIGH.linear + goal % (2 * PAGE - 64) } else { goal };
+    let goal = if value > 1 << 32 {
+        HIGH.linear + goal % (2 * PAGE - 64)
+    } else {
+        goal
+    };
     let mut at = value;
     insn.set_memory_base(nth(first, base));
     if value < 1 << 32 && r.one_in(3) {
@@ -188,7 +239,13 @@ fn memory_through(r: &mut Random, insn: &mut Instruction, case: &Case, pointers:
     insn.set_memory_displ_size(match disp as i64 {
         0 => 0,
         -128..128 => 1,
-        _ => if long { 8 } else { 4 },
+        _ => {
+            if long {
+                8
+            } else {
+                4
+            }
+        }
     });
 }
 
@@ -208,7 +265,15 @@ fn memory(r: &mut Random, insn: &mut Instruction, case: &mut Case, size: u64, ri
     let goal = target(r, size, case.bits, !wide).wrapping_sub(segment.map_or(0, |s| s.1));
     let first = if wide { Register::RAX } else { Register::EAX };
     let kind = r.below(10);
-    let disp_size = |v: i64| if v == 0 { 0 } else if (-128..128).contains(&v) { 1 } else { 8 };
+    let disp_size = |v: i64| {
+        if v == 0 {
+            0
+        } else if (-128..128).contains(&v) {
+            1
+        } else {
+            8
+        }
+    };
     // RIP-relative or absolute, where it reaches.
     if kind == 0 && long && segment.is_none() && goal < 1 << 31 {
         insn.set_memory_base(if wide { Register::RIP } else { Register::EIP });
@@ -239,10 +304,18 @@ fn memory(r: &mut Random, insn: &mut Instruction, case: &mut Case, size: u64, ri
     };
     let mask = if wide { u64::MAX } else { 0xffff_ffff };
     // A 32-bit address ignores the upper halves.
-    let upper = |r: &mut Random| if wide || !long { 0 } else { r.bits() & !0xffff_ffff };
+    let upper = |r: &mut Random| {
+        if wide || !long {
+            0
+        } else {
+            r.bits() & !0xffff_ffff
+        }
+    };
     let with_index = r.one_in(2) && index != 4 && index != base;
     let scale = r.below(4) as u32;
-    insn.set_memory_displacement64(disp as u64 & if wide || !long { u64::MAX } else { 0xffff_ffff });
+    insn.set_memory_displacement64(
+        disp as u64 & if wide || !long { u64::MAX } else { 0xffff_ffff },
+    );
     if !long {
         insn.set_memory_displacement64(disp as u64 & 0xffff_ffff);
     }
@@ -260,7 +333,9 @@ fn memory(r: &mut Random, insn: &mut Instruction, case: &mut Case, size: u64, ri
         };
         case.gpr[usize::from(index)] = v & mask | upper(r);
         insn.set_memory_base(nth(first, base));
-        let v = goal.wrapping_sub(disp as u64).wrapping_sub((v & mask) << scale);
+        let v = goal
+            .wrapping_sub(disp as u64)
+            .wrapping_sub((v & mask) << scale);
         case.gpr[usize::from(base)] = v & mask | upper(r);
         return;
     }
@@ -279,9 +354,22 @@ fn memory(r: &mut Random, insn: &mut Instruction, case: &mut Case, size: u64, ri
 }
 
 /// A vector-indexed memory operand, with an index vector of small numbers most of the time.
-fn vsib(r: &mut Random, insn: &mut Instruction, case: &mut Case, first: Register, wide_index: bool, evex: bool) {
+fn vsib(
+    r: &mut Random,
+    insn: &mut Instruction,
+    case: &mut Case,
+    first: Register,
+    wide_index: bool,
+    evex: bool,
+) {
     let long = case.bits == 64;
-    let n = r.below(if !long { 8 } else if evex { 32 } else { 16 }) as u8;
+    let n = r.below(if !long {
+        8
+    } else if evex {
+        32
+    } else {
+        16
+    }) as u8;
     insn.set_memory_index(nth(first, n));
     insn.set_memory_index_scale(1 << r.below(4));
     let base = r.pick(&GPR[..if long { 16 } else { 8 }]);
@@ -300,7 +388,8 @@ fn vsib(r: &mut Random, insn: &mut Instruction, case: &mut Case, first: Register
     let reach = r.pick(&[16, 64, 256, 1024, 4096]);
     let mut bytes = Vec::with_capacity(64);
     while bytes.len() < 64 {
-        let v = (r.below(reach) as i64 - if r.one_in(4) { reach as i64 / 2 } else { 0 }).to_le_bytes();
+        let v =
+            (r.below(reach) as i64 - if r.one_in(4) { reach as i64 / 2 } else { 0 }).to_le_bytes();
         bytes.extend_from_slice(&v[..step]);
     }
     case.vectors.push((n, bytes));
@@ -318,7 +407,11 @@ pub fn state(r: &mut Random, bits: u32) -> Case {
     };
     for n in 0..16 {
         if n != 4 {
-            case.gpr[n] = if r.one_in(3) { DATA.linear + r.below(0x2000) } else { r.value() };
+            case.gpr[n] = if r.one_in(3) {
+                DATA.linear + r.below(0x2000)
+            } else {
+                r.value()
+            };
         }
         if bits == 32 {
             case.gpr[n] &= 0xffff_ffff;
@@ -343,7 +436,13 @@ pub fn state(r: &mut Random, bits: u32) -> Case {
         case.rflags |= 1 << 18;
     }
     if bits == 64 {
-        case.fs_base = r.pick(&[0, DATA.linear, HIGH.linear, 0x1234_5000, 0xffff_ffff_ff80_0000]);
+        case.fs_base = r.pick(&[
+            0,
+            DATA.linear,
+            HIGH.linear,
+            0x1234_5000,
+            0xffff_ffff_ff80_0000,
+        ]);
         case.gs_base = r.pick(&[0, DATA.linear + 0x40, STACK.linear, 0x7fff_0000_0000]);
     }
     case
@@ -363,7 +462,13 @@ pub fn operands(
     let op = code.op_code();
     let count = if long { 16u64 } else { 8 };
     let evex = op.encoding() == iced_x86::EncodingKind::EVEX;
-    let vectors = if !long { 8 } else if evex { 32 } else { 16 };
+    let vectors = if !long {
+        8
+    } else if evex {
+        32
+    } else {
+        16
+    };
     let gpr = |r: &mut Random, base: Register| Some(nth(base, r.below(count) as u8));
     let byte = |r: &mut Random| {
         let n = r.below(if long { 20 } else { 8 }) as u8;
@@ -385,9 +490,15 @@ pub fn operands(
             K::mm_or_mem => (true, Some(nth(Register::MM0, r.below(8) as u8))),
             K::k_or_mem => (true, Some(nth(Register::K0, r.below(8) as u8))),
             K::r8_reg | K::r8_opcode => (false, byte(r)),
-            K::r16_reg | K::r16_rm | K::r16_opcode | K::r16_reg_mem => (false, gpr(r, Register::AX)),
-            K::r32_reg | K::r32_rm | K::r32_opcode | K::r32_vvvv | K::r32_reg_mem => (false, gpr(r, Register::EAX)),
-            K::r64_reg | K::r64_rm | K::r64_opcode | K::r64_vvvv | K::r64_reg_mem => (false, gpr(r, Register::RAX)),
+            K::r16_reg | K::r16_rm | K::r16_opcode | K::r16_reg_mem => {
+                (false, gpr(r, Register::AX))
+            }
+            K::r32_reg | K::r32_rm | K::r32_opcode | K::r32_vvvv | K::r32_reg_mem => {
+                (false, gpr(r, Register::EAX))
+            }
+            K::r64_reg | K::r64_rm | K::r64_opcode | K::r64_vvvv | K::r64_reg_mem => {
+                (false, gpr(r, Register::RAX))
+            }
             K::xmm_reg | K::xmm_rm | K::xmm_vvvv | K::xmm_is4 => (false, vector(r, Register::XMM0)),
             K::ymm_reg | K::ymm_rm | K::ymm_vvvv | K::ymm_is4 => (false, vector(r, Register::YMM0)),
             K::zmm_reg | K::zmm_rm | K::zmm_vvvv => (false, vector(r, Register::ZMM0)),
@@ -396,10 +507,17 @@ pub fn operands(
             K::kp1_reg => (false, Some(nth(Register::K0, r.below(8) as u8))),
             K::seg_reg => {
                 let load = n == 0;
-                let s = if load { r.pick(&[0u8, 3, 4, 5]) } else { r.below(6) as u8 };
+                let s = if load {
+                    r.pick(&[0u8, 3, 4, 5])
+                } else {
+                    r.below(6) as u8
+                };
                 (false, Some(nth(Register::ES, s)))
             }
-            K::cr_reg => (false, Some(r.pick(&[Register::CR0, Register::CR2, Register::CR3, Register::CR4]))),
+            K::cr_reg => (
+                false,
+                Some(r.pick(&[Register::CR0, Register::CR2, Register::CR3, Register::CR4])),
+            ),
             K::dr_reg => (false, Some(r.pick(&[Register::DR0, Register::DR7]))),
             K::al => (false, Some(Register::AL)),
             K::cl => (false, Some(Register::CL)),
@@ -415,7 +533,12 @@ pub fn operands(
             K::gs => (false, Some(Register::GS)),
             K::st0 => (false, Some(Register::ST0)),
             K::sti_opcode => (false, Some(nth(Register::ST0, r.below(8) as u8))),
-            K::mem_vsib32x | K::mem_vsib32y | K::mem_vsib32z | K::mem_vsib64x | K::mem_vsib64y | K::mem_vsib64z => {
+            K::mem_vsib32x
+            | K::mem_vsib32y
+            | K::mem_vsib32z
+            | K::mem_vsib64x
+            | K::mem_vsib64y
+            | K::mem_vsib64z => {
                 insn.set_op_kind(n, OpKind::Memory);
                 let (first, wide) = match op.op_kind(n) {
                     K::mem_vsib32x => (Register::XMM0, false),
@@ -451,7 +574,11 @@ pub fn operands(
                 immediates += 1;
                 insn.set_op_kind(n, OpKind::Immediate16);
                 let small = matches!(code.mnemonic(), Mnemonic::Enter | Mnemonic::Retf);
-                insn.set_immediate16(if small { r.below(64) as u16 } else { r.value() as u16 });
+                insn.set_immediate16(if small {
+                    r.below(64) as u16
+                } else {
+                    r.value() as u16
+                });
                 continue;
             }
             K::imm32 => {
@@ -481,7 +608,14 @@ pub fn operands(
                 insn.set_immediate32(r.value() as u32);
                 continue;
             }
-            kind @ (K::br16_1 | K::br16_2 | K::br32_1 | K::br32_4 | K::br64_1 | K::br64_4 | K::xbegin_2 | K::xbegin_4) => {
+            kind @ (K::br16_1
+            | K::br16_2
+            | K::br32_1
+            | K::br32_4
+            | K::br64_1
+            | K::br64_4
+            | K::xbegin_2
+            | K::xbegin_4) => {
                 let near = matches!(kind, K::br16_1 | K::br32_1 | K::br64_1);
                 let to = if near {
                     case.at + 24 + r.below(60)
@@ -533,13 +667,29 @@ pub fn operands(
             }
             kind @ (K::seg_rSI | K::es_rDI | K::seg_rDI | K::seg_rBX_al) => {
                 let size = r.below(3);
-                let pick = |k: [OpKind; 3]| if long { k[usize::from(size != 0)] } else { k[1 + usize::from(size == 0)] };
+                let pick = |k: [OpKind; 3]| {
+                    if long {
+                        k[usize::from(size != 0)]
+                    } else {
+                        k[1 + usize::from(size == 0)]
+                    }
+                };
                 insn.set_op_kind(
                     n,
                     match kind {
-                        K::seg_rSI => pick([OpKind::MemorySegESI, OpKind::MemorySegRSI, OpKind::MemorySegSI]),
-                        K::es_rDI => pick([OpKind::MemoryESEDI, OpKind::MemoryESRDI, OpKind::MemoryESDI]),
-                        K::seg_rDI => pick([OpKind::MemorySegEDI, OpKind::MemorySegRDI, OpKind::MemorySegDI]),
+                        K::seg_rSI => pick([
+                            OpKind::MemorySegESI,
+                            OpKind::MemorySegRSI,
+                            OpKind::MemorySegSI,
+                        ]),
+                        K::es_rDI => {
+                            pick([OpKind::MemoryESEDI, OpKind::MemoryESRDI, OpKind::MemoryESDI])
+                        }
+                        K::seg_rDI => pick([
+                            OpKind::MemorySegEDI,
+                            OpKind::MemorySegRDI,
+                            OpKind::MemorySegDI,
+                        ]),
                         _ => OpKind::Memory,
                     },
                 );
@@ -570,7 +720,11 @@ pub fn operands(
                     K::seg_rSI => case.gpr[6] = target(r, 8, case.bits, low) | junk,
                     K::es_rDI | K::seg_rDI => case.gpr[7] = target(r, 16, case.bits, low) | junk,
                     _ => {
-                        insn.set_memory_base(if !long || low { Register::EBX } else { Register::RBX });
+                        insn.set_memory_base(if !long || low {
+                            Register::EBX
+                        } else {
+                            Register::RBX
+                        });
                         insn.set_memory_index(Register::AL);
                         case.gpr[3] = target(r, 1, case.bits, low) | junk;
                     }
@@ -632,7 +786,11 @@ pub fn operands(
     }
     if memory_at.is_some() {
         let size = insn.memory_size();
-        let bytes = if insn.is_broadcast() { size.element_size() } else { size.size() };
+        let bytes = if insn.is_broadcast() {
+            size.element_size()
+        } else {
+            size.size()
+        };
         match pointers {
             Some(p) => memory_through(r, &mut insn, case, p, bytes as u64),
             None => {
@@ -665,7 +823,9 @@ fn adjust(r: &mut Random, insn: &Instruction, case: &mut Case) {
             if let Some(at) = memory_offset(insn, &regs.gpr, case) {
                 let at = at as usize;
                 if at + 16 <= probe.len() {
-                    let word = |n: usize| u64::from_le_bytes(probe[n..n + 8].try_into().unwrap_or_default());
+                    let word = |n: usize| {
+                        u64::from_le_bytes(probe[n..n + 8].try_into().unwrap_or_default())
+                    };
                     match insn.mnemonic() {
                         M::Cmpxchg16b => {
                             case.gpr[0] = word(at);
@@ -744,18 +904,30 @@ fn adjust(r: &mut Random, insn: &Instruction, case: &mut Case) {
                 case.patches.push((STACK.gpa - USER + sp, flags.to_vec()));
             }
         }
-        M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 | M::Xsavec | M::Xsavec64 | M::Xrstor | M::Xrstor64
-        | M::Fxrstor | M::Fxrstor64 | M::Fxsave | M::Fxsave64 => {
+        M::Xsave
+        | M::Xsave64
+        | M::Xsaveopt
+        | M::Xsaveopt64
+        | M::Xsavec
+        | M::Xsavec64
+        | M::Xrstor
+        | M::Xrstor64
+        | M::Fxrstor
+        | M::Fxrstor64
+        | M::Fxsave
+        | M::Fxsave64 => {
             let gpr = case.gpr;
             if let Some(at) = memory_offset(insn, &gpr, case)
                 && at & 63 == 0
                 && at > 0x4000
                 && at + 2700 < USER_SIZE
             {
-                let size = (2..8).filter(|n| host_components() & (1 << n) != 0).map(|n| {
-                    let (o, s) = component(n);
-                    o + s
-                });
+                let size = (2..8)
+                    .filter(|n| host_components() & (1 << n) != 0)
+                    .map(|n| {
+                        let (o, s) = component(n);
+                        o + s
+                    });
                 let size = size.max().unwrap_or(576);
                 let mut image = vector_state(r.bits()).0[..size].to_vec();
                 if r.one_in(2) {
@@ -791,7 +963,11 @@ fn frame(r: &mut Random, insn: &Instruction, case: &mut Case) {
         STACK.linear + 0x1000 + (r.below(0x1000) & !7),
         u64::from(r.pick(&[DS, DS, DS, 0, CS64, 0x18])),
     ];
-    let words = if matches!(insn.mnemonic(), Mnemonic::Retf) { [words[0], words[1], words[3], words[4], 0] } else { words };
+    let words = if matches!(insn.mnemonic(), Mnemonic::Retf) {
+        [words[0], words[1], words[3], words[4], 0]
+    } else {
+        words
+    };
     for w in words {
         bytes.extend_from_slice(&w.to_le_bytes()[..size]);
     }
@@ -849,10 +1025,15 @@ pub fn make(r: &mut Random, code: Code, bits: u32) -> Option<(Case, Instruction)
     let insn = operands(r, code, &mut case, None)?;
     let mut bytes = encode(&insn, bits, case.at)?;
     // AMD's processors let REPNE turn LOOPE around.
-    let loops = matches!(code.mnemonic(), Mnemonic::Loop | Mnemonic::Loope | Mnemonic::Loopne);
+    let loops = matches!(
+        code.mnemonic(),
+        Mnemonic::Loop | Mnemonic::Loope | Mnemonic::Loopne
+    );
     if r.one_in(12) && !loops {
         // A prefix that means nothing here, or something.
-        let p = r.pick(&[0x66, 0x67, 0xf2, 0xf3, 0xf0, 0x2e, 0x36, 0x3e, 0x64, 0x65, 0x40, 0x48, 0x26]);
+        let p = r.pick(&[
+            0x66, 0x67, 0xf2, 0xf3, 0xf0, 0x2e, 0x36, 0x3e, 0x64, 0x65, 0x40, 0x48, 0x26,
+        ]);
         if !(bits == 32 && matches!(p, 0x40 | 0x48)) {
             bytes.insert(0, p);
         }
@@ -865,10 +1046,16 @@ pub fn make(r: &mut Random, code: Code, bits: u32) -> Option<(Case, Instruction)
     if case.at + 16 > CODE.linear + 0x4000 {
         return None;
     }
-    if code.op_code().op_kinds().contains(&OpCodeOperandKind::seg_reg)
+    if code
+        .op_code()
+        .op_kinds()
+        .contains(&OpCodeOperandKind::seg_reg)
         || far(&insn)
         || compresses(code)
-        || matches!(code.mnemonic(), Mnemonic::Pop | Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq)
+        || matches!(
+            code.mnemonic(),
+            Mnemonic::Pop | Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq
+        )
     {
         // RFLAGS.AC is not looked at in transfers and segment loads, and what the processor does for
         // compressed operands follows no rule.
@@ -886,7 +1073,10 @@ fn far(insn: &Instruction) -> bool {
     use Mnemonic as M;
     insn.is_call_far_indirect()
         || insn.is_jmp_far_indirect()
-        || matches!(insn.mnemonic(), M::Retf | M::Iret | M::Iretd | M::Iretq | M::Lfs | M::Lgs | M::Lss)
+        || matches!(
+            insn.mnemonic(),
+            M::Retf | M::Iret | M::Iretd | M::Iretq | M::Lfs | M::Lgs | M::Lss
+        )
 }
 
 /// AMD's processors want the offset canonical too, not only the sum with the FS or GS base.
@@ -896,8 +1086,13 @@ pub fn odd_offset(insn: &Instruction, case: &Case) -> bool {
         Register::GS => case.gs_base,
         _ => return false,
     };
-    let strings = (0..insn.op_count()).any(|n| matches!(insn.op_kind(n), OpKind::MemorySegRSI | OpKind::MemorySegRDI));
-    let offset = if strings { Some(case.gpr[6]) } else { address(insn, &case.gpr, case).map(|a| a.wrapping_sub(base)) };
+    let strings = (0..insn.op_count())
+        .any(|n| matches!(insn.op_kind(n), OpKind::MemorySegRSI | OpKind::MemorySegRDI));
+    let offset = if strings {
+        Some(case.gpr[6])
+    } else {
+        address(insn, &case.gpr, case).map(|a| a.wrapping_sub(base))
+    };
     offset.is_some_and(|o| (o as i64) << 16 >> 16 != o as i64)
 }
 
@@ -909,6 +1104,10 @@ pub fn leaves_user_mode(insn: &Instruction) -> bool {
 
 /// The CPUID features that a form needs, in words.
 pub fn features(code: Code) -> String {
-    let list: Vec<String> = code.cpuid_features().iter().map(|f: &CpuidFeature| format!("{f:?}")).collect();
+    let list: Vec<String> = code
+        .cpuid_features()
+        .iter()
+        .map(|f: &CpuidFeature| format!("{f:?}"))
+        .collect();
     list.join("+")
 }

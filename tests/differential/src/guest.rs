@@ -81,7 +81,10 @@ fn outcome(cpu: &CpuState, machine: &mut Machine, exit: Exit) -> Outcome {
 pub fn interpret(machine: &mut Machine, case: &Start) -> Outcome {
     let mut cpu = machine.cpu(case.bits);
     load(&mut cpu, machine, case.bits, &case.regs);
-    machine.ram.bytes(USER, USER_SIZE).copy_from_slice(&case.memory);
+    machine
+        .ram
+        .bytes(USER, USER_SIZE)
+        .copy_from_slice(&case.memory);
     let mut exit = Exit::Interrupted;
     for _ in 0..LIMIT {
         match x86emu::interp::step(&mut cpu, machine) {
@@ -125,7 +128,10 @@ impl Translator {
     pub fn new() -> Self {
         let engine = engine_jit::JitEngine::new().expect("memory for translations");
         let vcpu = engine.create_vcpu(0).expect("memory for a vCPU");
-        let watchdog = Watchdog { deadline: Arc::new(AtomicU64::new(0)), start: Instant::now() };
+        let watchdog = Watchdog {
+            deadline: Arc::new(AtomicU64::new(0)),
+            start: Instant::now(),
+        };
         let (weak, start) = (Arc::downgrade(&watchdog.deadline), watchdog.start);
         let kicker: Arc<dyn Kick> = vcpu.kicker();
         std::thread::spawn(move || {
@@ -138,14 +144,21 @@ impl Translator {
                 std::thread::sleep(Duration::from_millis(100));
             }
         });
-        Translator { engine, vcpu, watchdog }
+        Translator {
+            engine,
+            vcpu,
+            watchdog,
+        }
     }
 
     /// Runs a case. `fresh`: with all cached translations of addresses dropped, as memory may have
     /// been changed behind the engine's back.
     pub fn run(&mut self, machine: &mut Machine, case: &Start, fresh: bool) -> Outcome {
         load(self.vcpu.cpu(), machine, case.bits, &case.regs);
-        machine.ram.bytes(USER, USER_SIZE).copy_from_slice(&case.memory);
+        machine
+            .ram
+            .bytes(USER, USER_SIZE)
+            .copy_from_slice(&case.memory);
         if fresh {
             self.vcpu.state_changed();
         }

@@ -3,12 +3,16 @@
 //! The child maps the guest's RAM at the guest's linear addresses. It lives in its signal handler: a
 //! case starts by returning from it with the case's registers in the signal frame, and ends with the
 //! signal that the case's exception raises.
-#![expect(unsafe_code, reason = "signal frames, shared memory and a forked child")]
+#![expect(
+    unsafe_code,
+    reason = "signal frames, shared memory and a forked child"
+)]
 
-use crate::case::{Start, FAILED, Outcome, Regs, TIMEOUT, host_components, normalize};
+use crate::case::{FAILED, Outcome, Regs, Start, TIMEOUT, host_components, normalize};
 use crate::layout::*;
 use crate::machine::Machine;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use x86emu::state::{XSAVE_SIZE, XsaveArea};
 
 /// What parent and child share.
@@ -61,7 +65,15 @@ fn futex(word: &AtomicU32, op: i32, value: u32, timeout_ms: u64) {
     };
     // SAFETY: a futex call on a word that outlives it.
     unsafe {
-        libc::syscall(libc::SYS_futex, word.as_ptr(), op, value, &raw const t, 0, 0);
+        libc::syscall(
+            libc::SYS_futex,
+            word.as_ptr(),
+            op,
+            value,
+            &raw const t,
+            0,
+            0,
+        );
     }
 }
 
@@ -121,7 +133,11 @@ extern "C" fn handler(sig: i32, _info: *mut libc::siginfo_t, context: *mut libc:
         let frame = context.uc_mcontext.fpregs.cast::<u8>();
         let extended = frame.add(464 + 4).cast::<u32>().read_unaligned() as usize;
         let size = frame.add(464 + 16).cast::<u32>().read_unaligned() as usize;
-        let size = if extended == 0 { 512 } else { size.min(XSAVE_SIZE) };
+        let size = if extended == 0 {
+            512
+        } else {
+            size.min(XSAVE_SIZE)
+        };
         for (n, &at) in FRAME.iter().enumerate() {
             (*shared).gpr[n] = regs[at as usize] as u64;
         }
@@ -160,7 +176,10 @@ extern "C" fn handler(sig: i32, _info: *mut libc::siginfo_t, context: *mut libc:
             std::ptr::copy_nonoverlapping(from.add(512), frame.add(512), size - 512);
         }
         GUEST_FS.store((*shared).fs_base, Ordering::Relaxed);
-        let (host_fs, selector) = (HOST_FS.load(Ordering::Relaxed), u32::from(if long { 0 } else { DS }));
+        let (host_fs, selector) = (
+            HOST_FS.load(Ordering::Relaxed),
+            u32::from(if long { 0 } else { DS }),
+        );
         // Loading a selector replaces the base.
         core::arch::asm!(
             "mov ds, {s:e}", "mov es, {s:e}", "mov fs, {s:e}", "mov gs, {s:e}",
@@ -222,7 +241,11 @@ unsafe fn child_main(fd: i32) -> ! {
             -1,
             0,
         );
-        let alt = libc::stack_t { ss_sp: stack, ss_flags: 0, ss_size: size };
+        let alt = libc::stack_t {
+            ss_sp: stack,
+            ss_flags: 0,
+            ss_size: size,
+        };
         libc::sigaltstack(&alt, std::ptr::null_mut());
         let fs: u64;
         core::arch::asm!("rdfsbase {}", out(reg) fs);
@@ -259,12 +282,19 @@ impl Host {
             )
         };
         assert!(shared != libc::MAP_FAILED);
-        let mut host = Host { shared: shared.cast(), child: 0, fd: machine.ram.fd };
+        let mut host = Host {
+            shared: shared.cast(),
+            child: 0,
+            fd: machine.ram.fd,
+        };
         host.spawn();
         Some(host)
     }
 
     fn spawn(&mut self) {
+        // The child finds its shared memory through a static.
+        static FORKING: Mutex<()> = Mutex::new(());
+        let _guard = FORKING.lock().unwrap_or_else(PoisonError::into_inner);
         SHARED.store(self.shared as u64, Ordering::Relaxed);
         // SAFETY: the child calls only async-signal-safe functions.
         unsafe {
@@ -296,7 +326,8 @@ impl Host {
         while self.turn().load(Ordering::SeqCst) != 2 {
             futex(self.turn(), libc::FUTEX_WAIT, from, 50);
             // SAFETY: asks for the state of our own child.
-            let gone = unsafe { libc::waitpid(self.child, std::ptr::null_mut(), libc::WNOHANG) } != 0;
+            let gone =
+                unsafe { libc::waitpid(self.child, std::ptr::null_mut(), libc::WNOHANG) } != 0;
             if gone || start.elapsed().as_millis() as u64 > ms {
                 return false;
             }
@@ -315,7 +346,10 @@ impl Host {
     /// Runs a case.
     pub fn run(&mut self, machine: &mut Machine, case: &Start) -> Outcome {
         let regs = &case.regs;
-        machine.ram.bytes(USER, USER_SIZE).copy_from_slice(&case.memory);
+        machine
+            .ram
+            .bytes(USER, USER_SIZE)
+            .copy_from_slice(&case.memory);
         // SAFETY: it is the parent's turn.
         let s = unsafe { &mut *self.shared };
         s.bits = case.bits;

@@ -39,9 +39,17 @@ pub const USER: u64 = 0x10_0000;
 pub const USER_SIZE: u64 = 18 * PAGE;
 
 /// Code; writable, for self-modification.
-pub const CODE: Region = Region { linear: 0x40_0000, gpa: USER, pages: &[All; 4] };
+pub const CODE: Region = Region {
+    linear: 0x40_0000,
+    gpa: USER,
+    pages: &[All; 4],
+};
 /// The same pages as [`CODE`] at another address, without execution.
-pub const ALIAS: Region = Region { linear: 0x50_0000, gpa: USER, pages: &[Data; 4] };
+pub const ALIAS: Region = Region {
+    linear: 0x50_0000,
+    gpa: USER,
+    pages: &[Data; 4],
+};
 /// Data with holes.
 pub const DATA: Region = Region {
     linear: 0x80_0000,
@@ -49,9 +57,17 @@ pub const DATA: Region = Region {
     pages: &[Data, Data, ReadOnly, Data, Absent, Data, Supervisor, Data],
 };
 /// The stack.
-pub const STACK: Region = Region { linear: 0x7000_0000, gpa: USER + 12 * PAGE, pages: &[Data; 4] };
+pub const STACK: Region = Region {
+    linear: 0x7000_0000,
+    gpa: USER + 12 * PAGE,
+    pages: &[Data; 4],
+};
 /// Data that needs a 64-bit address.
-pub const HIGH: Region = Region { linear: 0x6000_0000_0000, gpa: USER + 16 * PAGE, pages: &[Data; 2] };
+pub const HIGH: Region = Region {
+    linear: 0x6000_0000_0000,
+    gpa: USER + 16 * PAGE,
+    pages: &[Data; 2],
+};
 /// All of them.
 pub const REGIONS: [Region; 5] = [CODE, ALIAS, DATA, STACK, HIGH];
 

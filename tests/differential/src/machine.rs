@@ -31,7 +31,10 @@ impl Ram {
                 0,
             );
             assert!(base != libc::MAP_FAILED);
-            Ram { base: base.cast(), fd }
+            Ram {
+                base: base.cast(),
+                fd,
+            }
         }
     }
 
@@ -191,14 +194,36 @@ impl Machine {
             rflags: 0x202,
             ..CpuState::default()
         };
-        let data = Segment { base: 0, limit: !0, selector: DS, attr: 0xc0f3, unusable: false };
-        let null = Segment { base: 0, limit: 0, selector: 0, attr: 0, unusable: true };
-        let code = |selector, attr| Segment { base: 0, limit: !0, selector, attr, unusable: false };
+        let data = Segment {
+            base: 0,
+            limit: !0,
+            selector: DS,
+            attr: 0xc0f3,
+            unusable: false,
+        };
+        let null = Segment {
+            base: 0,
+            limit: 0,
+            selector: 0,
+            attr: 0,
+            unusable: true,
+        };
+        let code = |selector, attr| Segment {
+            base: 0,
+            limit: !0,
+            selector,
+            attr,
+            unusable: false,
+        };
         cpu.seg = [if bits == 64 { null } else { data }; 6];
         cpu.seg[sreg::FS] = null;
         cpu.seg[sreg::GS] = null;
         cpu.seg[sreg::SS] = data;
-        cpu.seg[sreg::CS] = if bits == 64 { code(CS64, 0xa0fb) } else { code(CS32, 0xc0fb) };
+        cpu.seg[sreg::CS] = if bits == 64 {
+            code(CS64, 0xa0fb)
+        } else {
+            code(CS32, 0xc0fb)
+        };
         if bits == 32 {
             cpu.seg[sreg::FS] = data;
             cpu.seg[sreg::GS] = data;
@@ -207,7 +232,13 @@ impl Machine {
         cpu.gdtr.limit = 127;
         cpu.idtr.base = KERNEL + IDT;
         cpu.idtr.limit = 0xfff;
-        cpu.tr = Segment { base: KERNEL + TSS, limit: 0x67, selector: TR, attr: 0x8b, unusable: false };
+        cpu.tr = Segment {
+            base: KERNEL + TSS,
+            limit: 0x67,
+            selector: TR,
+            attr: 0x8b,
+            unusable: false,
+        };
         cpu.ldtr = null;
         cpu
     }
@@ -216,14 +247,22 @@ impl Machine {
 impl PhysMem for Machine {
     fn host_ptr(&mut self, gpa: u64, len: usize, _write: bool) -> Option<*mut u8> {
         let end = gpa.checked_add(len as u64)?;
-        assert!(len == 0 || gpa >> 12 == (end - 1) >> 12, "access crosses a page");
+        assert!(
+            len == 0 || gpa >> 12 == (end - 1) >> 12,
+            "access crosses a page"
+        );
         // SAFETY: in bounds.
         (end <= RAM).then(|| unsafe { self.ram.base.add(gpa as usize) })
     }
 }
 
 impl HostCpu for Machine {
-    fn native(&mut self, insn: &[u8], regs: &mut NativeRegs, fpu: Option<&mut XsaveArea>) -> Result<(), u8> {
+    fn native(
+        &mut self,
+        insn: &[u8],
+        regs: &mut NativeRegs,
+        fpu: Option<&mut XsaveArea>,
+    ) -> Result<(), u8> {
         self.host.native(insn, regs, fpu)
     }
 }

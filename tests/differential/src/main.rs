@@ -12,8 +12,10 @@ use std::time::{Duration, Instant};
 
 const USAGE: &str = "usage: differential [--seconds N] [--seed N] [--bits 64|32] [--only FORM] \
 [--forms | --sequences] [--list]
+       differential --case 'LINE'
 Runs random instructions and sequences on the host CPU, in the interpreter and in the translator, and
-compares. --list: the forms that were not covered, with the reason.";
+compares. --case: runs one line of regressions/*.txt (what follows => may be missing), and prints it with
+its outcome. --list: the forms that were not covered, with the reason.";
 
 struct Options {
     seconds: u64,
@@ -23,10 +25,20 @@ struct Options {
     forms: bool,
     sequences: bool,
     list: bool,
+    case: Option<String>,
 }
 
 fn options() -> Result<Options, String> {
-    let mut o = Options { seconds: 10, seed: 1, bits: 64, only: None, forms: true, sequences: true, list: false };
+    let mut o = Options {
+        seconds: 10,
+        seed: 1,
+        bits: 64,
+        only: None,
+        forms: true,
+        sequences: true,
+        list: false,
+        case: None,
+    };
     let mut args = std::env::args().skip(1);
     while let Some(a) = args.next() {
         let mut value = || args.next().ok_or(format!("{a} needs a value"));
@@ -44,6 +56,7 @@ fn options() -> Result<Options, String> {
             "--only" => (o.only, o.sequences) = (Some(value()?), false),
             "--forms" => o.sequences = false,
             "--sequences" => o.forms = false,
+            "--case" => o.case = Some(value()?),
             "--list" => o.list = true,
             _ => return Err(format!("unknown option {a}\n{USAGE}")),
         }
@@ -69,6 +82,29 @@ fn show(f: &Failure) {
     println!("  {}", f.line);
 }
 
+fn one(suite: &mut Suite, line: &str) -> ExitCode {
+    let start = line.split("=>").next().unwrap_or_default();
+    match differential::text::read(&format!("{start} =>")) {
+        Ok((case, _)) => {
+            let run = campaign::replay(suite, &case);
+            println!(
+                "{} => {}",
+                differential::text::write(&case),
+                differential::text::outcome(&run.reference)
+            );
+            if let Some(d) = run.difference {
+                eprintln!("{} differs from {}: {}", d.who, d.from, d.what);
+                return ExitCode::FAILURE;
+            }
+            ExitCode::SUCCESS
+        }
+        Err(e) => {
+            eprintln!("differential: {e}");
+            ExitCode::from(2)
+        }
+    }
+}
+
 fn main() -> ExitCode {
     let o = match options() {
         Ok(o) => o,
@@ -78,6 +114,9 @@ fn main() -> ExitCode {
         }
     };
     let mut suite = Suite::new();
+    if let Some(line) = &o.case {
+        return one(&mut suite, line);
+    }
     let mut r = Random(o.seed);
     let start = Instant::now();
     let mut forms = Forms::new(o.bits);
@@ -107,7 +146,10 @@ fn main() -> ExitCode {
     let uncovered = forms.uncovered();
     if o.list {
         for (code, reason) in &uncovered {
-            println!("{code:?} [{}]: {reason}", differential::forms::features(*code));
+            println!(
+                "{code:?} [{}]: {reason}",
+                differential::forms::features(*code)
+            );
         }
     }
     if o.forms {
@@ -128,7 +170,10 @@ fn main() -> ExitCode {
         }
     }
     if o.sequences {
-        println!("sequences: {sequences}, {complete} of them to the end, {} differ", failures.len());
+        println!(
+            "sequences: {sequences}, {complete} of them to the end, {} differ",
+            failures.len()
+        );
     }
     ExitCode::from(u8::from(!forms.failures.is_empty() || !failures.is_empty()))
 }

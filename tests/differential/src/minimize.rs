@@ -21,7 +21,12 @@ fn fails(suite: &mut Suite, case: &Case, rules: Rules, who: &str) -> Option<Diff
 }
 
 /// The smallest failing case found, and how it fails.
-pub fn minimize(suite: &mut Suite, case: &Case, rules: Rules, first: Difference) -> (Case, Difference) {
+pub fn minimize(
+    suite: &mut Suite,
+    case: &Case,
+    rules: Rules,
+    first: Difference,
+) -> (Case, Difference) {
     let (mut best, mut how) = (case.clone(), first);
     // Shorter code first: everything from some instruction on becomes INT3.
     for (at, _) in instructions(&best).into_iter().rev() {

@@ -6,8 +6,8 @@ use crate::forms::{self, Pointers, encode};
 use crate::layout::*;
 use crate::random::Random;
 use iced_x86::{
-    Code, FlowControl, Instruction, InstructionInfoFactory, MemoryOperand, Mnemonic,
-    OpAccess, Register,
+    Code, FlowControl, Instruction, InstructionInfoFactory, MemoryOperand, Mnemonic, OpAccess,
+    Register,
 };
 
 /// What sequences are made of.
@@ -21,16 +21,95 @@ fn is_common(code: Code) -> bool {
     use Mnemonic as M;
     matches!(
         code.mnemonic(),
-        M::Mov | M::Add | M::Sub | M::Adc | M::Sbb | M::And | M::Or | M::Xor | M::Cmp | M::Test | M::Inc
-            | M::Dec | M::Neg | M::Not | M::Lea | M::Movzx | M::Movsx | M::Movsxd | M::Xchg | M::Xadd
-            | M::Cmpxchg | M::Shl | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld
-            | M::Shrd | M::Imul | M::Mul | M::Bt | M::Bts | M::Btr | M::Btc | M::Bsf | M::Bsr | M::Popcnt
-            | M::Sete | M::Setne | M::Setb | M::Setg | M::Setl | M::Seto | M::Setp | M::Cmove | M::Cmovne
-            | M::Cmovb | M::Cmova | M::Cmovg | M::Cmovl | M::Cmovs | M::Cmovo | M::Cmovp | M::Cbw | M::Cwde
-            | M::Cdqe | M::Cwd | M::Cdq | M::Cqo | M::Bswap | M::Lahf | M::Sahf | M::Stc | M::Clc | M::Cmc
-            | M::Movaps | M::Movups | M::Movd | M::Movq | M::Addps | M::Mulsd | M::Addsd | M::Pxor
-            | M::Paddd | M::Ucomisd | M::Fld | M::Fstp | M::Fadd | M::Fmul | M::Andn | M::Rorx | M::Shlx
-            | M::Mulx | M::Adcx | M::Adox | M::Movbe | M::Crc32
+        M::Mov
+            | M::Add
+            | M::Sub
+            | M::Adc
+            | M::Sbb
+            | M::And
+            | M::Or
+            | M::Xor
+            | M::Cmp
+            | M::Test
+            | M::Inc
+            | M::Dec
+            | M::Neg
+            | M::Not
+            | M::Lea
+            | M::Movzx
+            | M::Movsx
+            | M::Movsxd
+            | M::Xchg
+            | M::Xadd
+            | M::Cmpxchg
+            | M::Shl
+            | M::Shr
+            | M::Sar
+            | M::Rol
+            | M::Ror
+            | M::Rcl
+            | M::Rcr
+            | M::Shld
+            | M::Shrd
+            | M::Imul
+            | M::Mul
+            | M::Bt
+            | M::Bts
+            | M::Btr
+            | M::Btc
+            | M::Bsf
+            | M::Bsr
+            | M::Popcnt
+            | M::Sete
+            | M::Setne
+            | M::Setb
+            | M::Setg
+            | M::Setl
+            | M::Seto
+            | M::Setp
+            | M::Cmove
+            | M::Cmovne
+            | M::Cmovb
+            | M::Cmova
+            | M::Cmovg
+            | M::Cmovl
+            | M::Cmovs
+            | M::Cmovo
+            | M::Cmovp
+            | M::Cbw
+            | M::Cwde
+            | M::Cdqe
+            | M::Cwd
+            | M::Cdq
+            | M::Cqo
+            | M::Bswap
+            | M::Lahf
+            | M::Sahf
+            | M::Stc
+            | M::Clc
+            | M::Cmc
+            | M::Movaps
+            | M::Movups
+            | M::Movd
+            | M::Movq
+            | M::Addps
+            | M::Mulsd
+            | M::Addsd
+            | M::Pxor
+            | M::Paddd
+            | M::Ucomisd
+            | M::Fld
+            | M::Fstp
+            | M::Fadd
+            | M::Fmul
+            | M::Andn
+            | M::Rorx
+            | M::Shlx
+            | M::Mulx
+            | M::Adcx
+            | M::Adox
+            | M::Movbe
+            | M::Crc32
     )
 }
 
@@ -62,9 +141,33 @@ fn keeps_undefined_flags(insn: &Instruction) -> bool {
     use Mnemonic as M;
     matches!(
         insn.mnemonic(),
-        M::Mul | M::Imul | M::Div | M::Idiv | M::Bsf | M::Bsr | M::Bt | M::Bts | M::Btr | M::Btc | M::Shl | M::Shr
-            | M::Sar | M::Shld | M::Shrd | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Lzcnt | M::Tzcnt | M::Bzhi
-            | M::Blsi | M::Blsr | M::Blsmsk | M::Bextr | M::Andn
+        M::Mul
+            | M::Imul
+            | M::Div
+            | M::Idiv
+            | M::Bsf
+            | M::Bsr
+            | M::Bt
+            | M::Bts
+            | M::Btr
+            | M::Btc
+            | M::Shl
+            | M::Shr
+            | M::Sar
+            | M::Shld
+            | M::Shrd
+            | M::Rol
+            | M::Ror
+            | M::Rcl
+            | M::Rcr
+            | M::Lzcnt
+            | M::Tzcnt
+            | M::Bzhi
+            | M::Blsi
+            | M::Blsr
+            | M::Blsmsk
+            | M::Bextr
+            | M::Andn
     )
 }
 
@@ -93,8 +196,17 @@ fn rare(code: Code) -> bool {
     }) || code.is_save_restore_instruction()
         || matches!(
             code.mnemonic(),
-            Mnemonic::Ldmxcsr | Mnemonic::Vldmxcsr | Mnemonic::Fldenv | Mnemonic::Frstor | Mnemonic::Fldcw
-                | Mnemonic::Div | Mnemonic::Idiv | Mnemonic::Clzero | Mnemonic::Lfs | Mnemonic::Lgs | Mnemonic::Lss
+            Mnemonic::Ldmxcsr
+                | Mnemonic::Vldmxcsr
+                | Mnemonic::Fldenv
+                | Mnemonic::Frstor
+                | Mnemonic::Fldcw
+                | Mnemonic::Div
+                | Mnemonic::Idiv
+                | Mnemonic::Clzero
+                | Mnemonic::Lfs
+                | Mnemonic::Lgs
+                | Mnemonic::Lss
         )
         || format!("{:?}", op.encoding()).contains("XOP")
         || code.cpuid_features().iter().any(|f| !host_has(*f))
@@ -136,9 +248,27 @@ fn host_has(f: iced_x86::CpuidFeature) -> bool {
         F::SSE4_2 => has!("sse4.2"),
         F::SSSE3 => has!("ssse3"),
         F::SSE4A => has!("sse4a"),
-        F::INTEL8086 | F::INTEL186 | F::INTEL286 | F::INTEL386 | F::INTEL486 | F::X64 | F::FPU | F::FPU287
-        | F::FPU387 | F::MMX | F::SSE | F::SSE2 | F::SSE3 | F::CMOV | F::CX8 | F::CMPXCHG16B | F::CLFSH
-        | F::MULTIBYTENOP | F::PAUSE | F::SMM | F::FXSR => true,
+        F::INTEL8086
+        | F::INTEL186
+        | F::INTEL286
+        | F::INTEL386
+        | F::INTEL486
+        | F::X64
+        | F::FPU
+        | F::FPU287
+        | F::FPU387
+        | F::MMX
+        | F::SSE
+        | F::SSE2
+        | F::SSE3
+        | F::CMOV
+        | F::CX8
+        | F::CMPXCHG16B
+        | F::CLFSH
+        | F::MULTIBYTENOP
+        | F::PAUSE
+        | F::SMM
+        | F::FXSR => true,
         _ => false,
     }
 }
@@ -146,8 +276,19 @@ fn host_has(f: iced_x86::CpuidFeature) -> bool {
 impl Pool {
     /// The forms for a mode.
     pub fn new(bits: u32) -> Self {
-        let any: Vec<Code> = forms::all(bits).into_iter().filter(|c| usable(*c, bits)).collect();
-        Pool { common: any.iter().copied().filter(|c| is_common(*c) && !rare(*c)).collect(), any, bits }
+        let any: Vec<Code> = forms::all(bits)
+            .into_iter()
+            .filter(|c| usable(*c, bits))
+            .collect();
+        Pool {
+            common: any
+                .iter()
+                .copied()
+                .filter(|c| is_common(*c) && !rare(*c))
+                .collect(),
+            any,
+            bits,
+        }
     }
 }
 
@@ -205,7 +346,16 @@ pub fn make(r: &mut Random, pool: &Pool) -> Case {
     let vector = r.one_in(2);
     let budget = 5 + r.below(36) as usize;
     let at = case.at;
-    let mut w = Writer { r, pool, case, pointers, reserved, info: InstructionInfoFactory::new(), budget, vector };
+    let mut w = Writer {
+        r,
+        pool,
+        case,
+        pointers,
+        reserved,
+        info: InstructionInfoFactory::new(),
+        budget,
+        vector,
+    };
     let code = w.block(at, 0);
     let mut case = w.case;
     case.code = code;
@@ -219,7 +369,9 @@ impl Writer<'_> {
     }
 
     fn enc(&self, insn: Result<Instruction, iced_x86::IcedError>, at: u64) -> Vec<u8> {
-        insn.ok().and_then(|i| encode(&i, self.pool.bits, at)).unwrap_or_else(|| vec![0x90])
+        insn.ok()
+            .and_then(|i| encode(&i, self.pool.bits, at))
+            .unwrap_or_else(|| vec![0x90])
     }
 
     fn free(&mut self) -> u8 {
@@ -232,7 +384,11 @@ impl Writer<'_> {
     }
 
     fn wide(&self, n: u8) -> Register {
-        let first = if self.long() { Register::RAX } else { Register::EAX };
+        let first = if self.long() {
+            Register::RAX
+        } else {
+            Register::EAX
+        };
         first + u32::from(n)
     }
 
@@ -255,7 +411,10 @@ impl Writer<'_> {
             let Some(insn) = insn else { continue };
             let reserved = self.reserved;
             let bad = self.info.info(&insn).used_registers().iter().any(|u| {
-                let w = !matches!(u.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess);
+                let w = !matches!(
+                    u.access(),
+                    OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess
+                );
                 let r = u.register();
                 w && r.is_gpr() && reserved & (1 << (r.full_register().number() % 16)) != 0
             });
@@ -333,15 +492,27 @@ impl Writer<'_> {
         let counter = self.free();
         let reg = self.wide(counter);
         let n = 1 + self.r.below(6) as i32;
-        let code = if self.long() { Code::Mov_rm64_imm32 } else { Code::Mov_rm32_imm32 };
+        let code = if self.long() {
+            Code::Mov_rm64_imm32
+        } else {
+            Code::Mov_rm32_imm32
+        };
         let mut out = self.enc(Instruction::with2(code, reg, n), at);
         self.reserved |= 1 << counter;
         let start = at + out.len() as u64;
         out.extend(self.block(start, depth + 1));
-        let dec = if self.long() { Code::Dec_rm64 } else { Code::Dec_rm32 };
+        let dec = if self.long() {
+            Code::Dec_rm64
+        } else {
+            Code::Dec_rm32
+        };
         let how = self.r.below(3);
         if how == 0 {
-            let add = if self.long() { Code::Sub_rm64_imm8 } else { Code::Sub_rm32_imm8 };
+            let add = if self.long() {
+                Code::Sub_rm64_imm8
+            } else {
+                Code::Sub_rm32_imm8
+            };
             let b = self.enc(Instruction::with2(add, reg, 1), at + out.len() as u64);
             out.extend(b);
         } else {
@@ -366,7 +537,11 @@ impl Writer<'_> {
             0 if is_long => {
                 // lea reg, [rip + 5 + its call]; the displacement is filled in below.
                 out = self.enc(
-                    Instruction::with2(Code::Lea_r64_m, reg, MemoryOperand::with_base_displ_size(Register::RIP, 0, 8)),
+                    Instruction::with2(
+                        Code::Lea_r64_m,
+                        reg,
+                        MemoryOperand::with_base_displ_size(Register::RIP, 0, 8),
+                    ),
                     0u64.wrapping_sub(7),
                 );
                 self.enc(Instruction::with1(Code::Call_rm64, reg), 0)
@@ -402,7 +577,11 @@ impl Writer<'_> {
         let r = self.free();
         let reg = self.wide(r);
         let mut out = self.enc(
-            Instruction::with2(Code::Lea_r64_m, reg, MemoryOperand::with_base_displ_size(Register::RIP, 0, 8)),
+            Instruction::with2(
+                Code::Lea_r64_m,
+                reg,
+                MemoryOperand::with_base_displ_size(Register::RIP, 0, 8),
+            ),
             0u64.wrapping_sub(7),
         );
         let jump = self.enc(Instruction::with1(Code::Jmp_rm64, reg), 0);
@@ -416,7 +595,11 @@ impl Writer<'_> {
 
     /// Jumps over enough bytes to get into another page now and then.
     fn far_apart(&mut self, at: u64) -> Vec<u8> {
-        let gap = if self.r.one_in(4) && at < CODE.linear + 0x2000 { 0x400 } else { 0x40 };
+        let gap = if self.r.one_in(4) && at < CODE.linear + 0x2000 {
+            0x400
+        } else {
+            0x40
+        };
         let gap = self.r.below(gap) as u32;
         let mut out = vec![0xe9];
         out.extend(gap.to_le_bytes());
@@ -433,8 +616,16 @@ impl Writer<'_> {
             2 => {
                 let (p, v) = self.pointers.0[0];
                 let near = v & !0xfff | 0x800;
-                let m = MemoryOperand::with_base_displ_size(self.wide(p), near.wrapping_sub(v) as i64, if long { 8 } else { 4 });
-                let code = if long { Code::Push_rm64 } else { Code::Push_rm32 };
+                let m = MemoryOperand::with_base_displ_size(
+                    self.wide(p),
+                    near.wrapping_sub(v) as i64,
+                    if long { 8 } else { 4 },
+                );
+                let code = if long {
+                    Code::Push_rm64
+                } else {
+                    Code::Push_rm32
+                };
                 self.enc(Instruction::with1(code, m), at)
             }
             _ => {
@@ -473,7 +664,14 @@ impl Writer<'_> {
             let b = self.plain(at + 10 + between.len() as u64);
             between.extend(b);
         }
-        let target = self.enc(Instruction::with2(Code::Mov_r32_imm32, Register::EAX + u32::from(n), 0x1122_3344), at);
+        let target = self.enc(
+            Instruction::with2(
+                Code::Mov_r32_imm32,
+                Register::EAX + u32::from(n),
+                0x1122_3344,
+            ),
+            at,
+        );
         let place = between.len() + target.len() - 4;
         if self.r.one_in(3) {
             // By way of the other mapping of the code, one byte further on.

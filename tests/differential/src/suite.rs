@@ -36,7 +36,14 @@ pub struct Rules {
 
 impl Default for Rules {
     fn default() -> Self {
-        Rules { native: true, undefined: 0, memory: true, values: true, fault: true, twice: true }
+        Rules {
+            native: true,
+            undefined: 0,
+            memory: true,
+            values: true,
+            fault: true,
+            twice: true,
+        }
     }
 }
 
@@ -71,9 +78,15 @@ impl Suite {
         let machine = Machine::new();
         let host = Host::new(&machine);
         if host.is_none() {
-            eprintln!("differential: the host does not let user mode set FS and GS bases: no native runs");
+            eprintln!(
+                "differential: the host does not let user mode set FS and GS bases: no native runs"
+            );
         }
-        Suite { host, translator: Translator::new(), machine }
+        Suite {
+            host,
+            translator: Translator::new(),
+            machine,
+        }
     }
 
     /// Runs a case and compares.
@@ -81,7 +94,10 @@ impl Suite {
         let start = &case.start();
         let interpreted = interpret(&mut self.machine, start);
         if interpreted.vector == TIMEOUT {
-            return Run { reference: interpreted, difference: None };
+            return Run {
+                reference: interpreted,
+                difference: None,
+            };
         }
         let mut difference = None;
         let mut note = |who, from, what: Option<String>| {
@@ -94,26 +110,45 @@ impl Suite {
             _ => None,
         };
         if let Some(native) = &native {
-            note("interpreter", "host", compare(&interpreted, native, rules, true, false));
+            note(
+                "interpreter",
+                "host",
+                compare(&interpreted, native, rules, true, false),
+            );
         } else if interpreted.vector == FAILED {
-            note("interpreter", "sense", Some(format!("ends at {:#x}", interpreted.regs.rip)));
+            note(
+                "interpreter",
+                "sense",
+                Some(format!("ends at {:#x}", interpreted.regs.rip)),
+            );
         }
         let cold = self.translator.run(&mut self.machine, start, true);
-        note("translator", "interpreter", compare(&cold, &interpreted, rules, false, true));
+        note(
+            "translator",
+            "interpreter",
+            compare(&cold, &interpreted, rules, false, true),
+        );
         if rules.twice {
             // Code that was changed behind the translator's back needs the flush.
             let code = crate::layout::CODE.pages.len() * 4096;
             let fresh = start.memory[..code] != cold.memory[..code];
             let warm = self.translator.run(&mut self.machine, start, fresh);
-            note("translator, second time", "interpreter", compare(&warm, &interpreted, rules, false, true));
+            note(
+                "translator, second time",
+                "interpreter",
+                compare(&warm, &interpreted, rules, false, true),
+            );
         }
-        Run { reference: native.unwrap_or(interpreted), difference }
+        Run {
+            reference: native.unwrap_or(interpreted),
+            difference,
+        }
     }
 }
 
 const NAMES: [&str; 16] = [
-    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
-    "r15",
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13",
+    "r14", "r15",
 ];
 
 /// Linear address of an offset into user memory.
@@ -126,7 +161,13 @@ pub fn linear(offset: u64) -> u64 {
 
 /// `native`: `b` is the host, whose page faults say less. `translated`: arithmetic flags that were
 /// dead at a fault are not kept.
-fn compare(a: &Outcome, b: &Outcome, rules: Rules, native: bool, translated: bool) -> Option<String> {
+fn compare(
+    a: &Outcome,
+    b: &Outcome,
+    rules: Rules,
+    native: bool,
+    translated: bool,
+) -> Option<String> {
     let mut s = String::new();
     let soft = |v| matches!(v, 12..=14 | 17);
     if !rules.fault && native && (soft(a.vector) || soft(b.vector)) {
@@ -160,7 +201,12 @@ fn compare(a: &Outcome, b: &Outcome, rules: Rules, native: bool, translated: boo
         flags &= !ARITH;
     }
     if (a.regs.rflags ^ b.regs.rflags) & flags != 0 {
-        let _ = write!(s, "flags {:#x} != {:#x}; ", a.regs.rflags & flags, b.regs.rflags & flags);
+        let _ = write!(
+            s,
+            "flags {:#x} != {:#x}; ",
+            a.regs.rflags & flags,
+            b.regs.rflags & flags
+        );
     }
     for (n, name) in NAMES.iter().enumerate() {
         if a.regs.gpr[n] != b.regs.gpr[n] {
@@ -178,7 +224,12 @@ fn compare(a: &Outcome, b: &Outcome, rules: Rules, native: bool, translated: boo
         vectors(&mut s, a, b);
     }
     if all && (rules.memory || !native) && a.memory != b.memory {
-        let n = a.memory.iter().zip(&b.memory).position(|(x, y)| x != y).unwrap_or(0);
+        let n = a
+            .memory
+            .iter()
+            .zip(&b.memory)
+            .position(|(x, y)| x != y)
+            .unwrap_or(0);
         let end = (n + 16).min(a.memory.len());
         let _ = write!(
             s,
@@ -198,7 +249,12 @@ fn vectors(s: &mut String, a: &Outcome, b: &Outcome) {
     }
     let mut part = |name: String, at: usize, len: usize| {
         if x[at..at + len] != y[at..at + len] {
-            let _ = write!(s, "{name} {:02x?} != {:02x?}; ", &x[at..at + len], &y[at..at + len]);
+            let _ = write!(
+                s,
+                "{name} {:02x?} != {:02x?}; ",
+                &x[at..at + len],
+                &y[at..at + len]
+            );
         }
     };
     part("fcw".into(), 0, 2);
@@ -211,7 +267,12 @@ fn vectors(s: &mut String, a: &Outcome, b: &Outcome) {
     for n in 0..16 {
         part(format!("xmm{n}"), 160 + 16 * n, 16);
     }
-    for (c, name, size) in [(2, "ymmh", 16), (5, "k", 8), (6, "zmmh", 32), (7, "zmm16+", 64)] {
+    for (c, name, size) in [
+        (2, "ymmh", 16),
+        (5, "k", 8),
+        (6, "zmmh", 32),
+        (7, "zmm16+", 64),
+    ] {
         if host_components() & (1 << c) == 0 {
             continue;
         }

@@ -4,8 +4,8 @@ use crate::case::{Case, Outcome};
 use std::fmt::Write;
 
 const NAMES: [&str; 16] = [
-    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
-    "r15",
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13",
+    "r14", "r15",
 ];
 
 fn hex(bytes: &[u8]) -> String {
@@ -19,35 +19,62 @@ fn unhex(s: &str) -> Option<Vec<u8>> {
     if s.len() % 2 != 0 || !s.is_ascii() {
         return None;
     }
-    (0..s.len() / 2).map(|n| u8::from_str_radix(&s[2 * n..2 * n + 2], 16).ok()).collect()
+    (0..s.len() / 2)
+        .map(|n| u8::from_str_radix(&s[2 * n..2 * n + 2], 16).ok())
+        .collect()
 }
 
 /// FNV-1a.
 fn hash(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x100_0000_01b3))
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |h, b| {
+        (h ^ u64::from(*b)).wrapping_mul(0x100_0000_01b3)
+    })
 }
 
 /// The part of a line after `=>`: registers and what became of memory and vector state.
 pub fn outcome(o: &Outcome) -> String {
-    let mut s = format!("vector={} error={:x} cr2={:x} rip={:x} flags={:x}", o.vector, o.error & !1, o.cr2, o.regs.rip, o.regs.rflags & crate::case::FLAGS);
+    let mut s = format!(
+        "vector={} error={:x} cr2={:x} rip={:x} flags={:x}",
+        o.vector,
+        o.error & !1,
+        o.cr2,
+        o.regs.rip,
+        o.regs.rflags & crate::case::FLAGS
+    );
     for (name, v) in NAMES.iter().zip(o.regs.gpr) {
         if v != 0 {
             let _ = write!(s, " {name}={v:x}");
         }
     }
-    let _ = write!(s, " memory={:016x} xmm={:016x}", hash(&o.memory), hash(&o.regs.xsave.0[160..416]));
+    let _ = write!(
+        s,
+        " memory={:016x} xmm={:016x}",
+        hash(&o.memory),
+        hash(&o.regs.xsave.0[160..416])
+    );
     s
 }
 
 /// A case as a line, without its end.
 pub fn write(case: &Case) -> String {
-    let mut s = format!("{} code={} at={:x} flags={:x}", case.bits, hex(&case.code), case.at, case.rflags);
+    let mut s = format!(
+        "{} code={} at={:x} flags={:x}",
+        case.bits,
+        hex(&case.code),
+        case.at,
+        case.rflags
+    );
     for (name, v) in NAMES.iter().zip(case.gpr) {
         if v != 0 {
             let _ = write!(s, " {name}={v:x}");
         }
     }
-    for (name, v) in [("fs", case.fs_base), ("gs", case.gs_base), ("memory", case.memory), ("vector", case.vector)] {
+    for (name, v) in [
+        ("fs", case.fs_base),
+        ("gs", case.gs_base),
+        ("memory", case.memory),
+        ("vector", case.vector),
+    ] {
         if v != 0 {
             let _ = write!(s, " {name}={v:x}");
         }
@@ -81,7 +108,10 @@ pub fn read(line: &str) -> Result<(Case, &str), String> {
         let number = || u64::from_str_radix(value, 16).map_err(|_| bad());
         let pair = || {
             let (n, bytes) = value.split_once(':').ok_or_else(bad)?;
-            Ok::<_, String>((u64::from_str_radix(n, 16).map_err(|_| bad())?, unhex(bytes).ok_or_else(bad)?))
+            Ok::<_, String>((
+                u64::from_str_radix(n, 16).map_err(|_| bad())?,
+                unhex(bytes).ok_or_else(bad)?,
+            ))
         };
         match key {
             "code" => case.code = unhex(value).ok_or_else(bad)?,

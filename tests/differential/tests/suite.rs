@@ -1,16 +1,20 @@
 //! A fixed selection of the campaign, and all regressions.
 
 use differential::campaign::{self, Failure, Forms};
+use differential::case::host_components;
 use differential::random::Random;
 use differential::sequence::Pool;
-use differential::suite::{Rules, Suite};
+use differential::suite::Suite;
 use differential::text;
 use std::time::{Duration, Instant};
 
 fn report(failures: &[Failure]) {
     for f in failures.iter().take(10) {
         let d = &f.difference;
-        eprintln!("{}: {} differs from {}: {}\n  {}", f.name, d.who, d.from, d.what, f.line);
+        eprintln!(
+            "{}: {} differs from {}: {}\n  {}",
+            f.name, d.who, d.from, d.what, f.line
+        );
     }
     assert!(failures.is_empty(), "{} cases differ", failures.len());
 }
@@ -41,7 +45,10 @@ fn forms(bits: u32, rounds: u32) -> Forms {
 #[test]
 fn forms_of_64_bit_mode() {
     let forms = forms(64, 6);
-    assert!(forms.covered() > 1000, "the generator covers what every host has");
+    assert!(
+        forms.covered() > 1000,
+        "the generator covers what every host has"
+    );
     report(&forms.failures.into_values().collect::<Vec<_>>());
 }
 
@@ -79,6 +86,10 @@ fn sequences_in_compatibility_mode() {
     sequences(32, 4000);
 }
 
+fn amd() -> bool {
+    std::arch::x86_64::__cpuid(0).ebx == u32::from_le_bytes(*b"Auth")
+}
+
 #[test]
 fn regressions() {
     let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("regressions");
@@ -95,11 +106,16 @@ fn regressions() {
             let place = format!("{}:{}", path.display(), n + 1);
             let (case, expected) = text::read(line).unwrap_or_else(|e| panic!("{place}: {e}"));
             count += 1;
-            let run = suite.run(&case, Rules { native: case.bits == 64, ..Rules::default() });
+            let run = campaign::replay(&mut suite, &case);
             let got = text::outcome(&run.reference);
+            // Vector state is made for the components that the host has, and vendors differ.
+            let comparable = host_components() == 0xe7 && (!path.ends_with("amd.txt") || amd());
             if let Some(d) = run.difference {
-                wrong.push(format!("{place}: {} differs from {}: {}", d.who, d.from, d.what));
-            } else if got != expected {
+                wrong.push(format!(
+                    "{place}: {} differs from {}: {}",
+                    d.who, d.from, d.what
+                ));
+            } else if comparable && got != expected {
                 wrong.push(format!("{place}: expected {expected}\n  got {got}"));
             }
         }
