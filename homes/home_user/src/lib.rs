@@ -21,6 +21,7 @@ mod waiter;
 pub use exit::VcpuExit;
 pub use interrupt::interrupt_current;
 pub use kvm_abi::Errno;
+pub use native::Native;
 pub use system::{EngineKind, System};
 pub use vcpu::{Kicker, Vcpu};
 pub use vm::{IoEventAddress, NoDatamatch, Vm};

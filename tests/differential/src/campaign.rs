@@ -8,6 +8,7 @@ use crate::suite::{Difference, Rules, Run, Suite};
 use crate::{sequence, text};
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction};
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 /// A case that differs.
 pub struct Failure {
@@ -116,17 +117,14 @@ impl Forms {
         }
         if let Some(difference) = run.difference {
             let key = format!("{code:?} {}", difference.who);
-            if !self.failures.contains_key(&key) {
+            if let Entry::Vacant(entry) = self.failures.entry(key) {
                 let line = line(suite, &case, rules);
-                self.failures.insert(
-                    key,
-                    Failure {
-                        name: insn.to_string(),
-                        case,
-                        difference,
-                        line,
-                    },
-                );
+                entry.insert(Failure {
+                    name: insn.to_string(),
+                    case,
+                    difference,
+                    line,
+                });
             }
         }
     }

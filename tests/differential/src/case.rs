@@ -208,7 +208,7 @@ pub fn vector_state(seed: u64) -> Box<XsaveArea> {
             2 => (1 << 63, 0x3fff),
             _ => (
                 r.bits() | 1 << 63,
-                0x3fff - 20 + r.below(40) as u16 | (r.below(2) as u16) << 15,
+                (0x3fff - 20 + r.below(40) as u16) | ((r.below(2) as u16) << 15),
             ),
         };
         a[32 + 16 * n..40 + 16 * n].copy_from_slice(&mantissa.to_le_bytes());

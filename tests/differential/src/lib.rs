@@ -4,16 +4,6 @@
 //! executes a [`case::Case`] three times and compares. `regressions/*.txt` holds what once differed,
 //! a case per line ([`text`]).
 
-/// The paths that the shared executor of single instructions expects.
-mod env {
-    pub use x86emu::env::{HostCpu, NativeRegs};
-}
-mod state {
-    pub use x86emu::state::XsaveArea;
-}
-#[path = "../../../core/x86emu/src/tests/native.rs"]
-pub mod host_cpu;
-
 pub mod campaign;
 pub mod case;
 pub mod forms;

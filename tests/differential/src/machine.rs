@@ -72,7 +72,7 @@ pub struct Machine {
     /// Guest RAM.
     pub ram: Ram,
     features: Features,
-    host: crate::host_cpu::Native,
+    host: home_user::Native,
     next_table: u64,
 }
 
@@ -107,7 +107,7 @@ impl Machine {
         let mut m = Machine {
             ram: Ram::new(),
             features: features(),
-            host: crate::host_cpu::Native::new(),
+            host: home_user::Native::new().expect("memory for host code"),
             next_table: TABLES + PAGE,
         };
         for region in REGIONS {
