@@ -277,28 +277,33 @@ impl<'a> Runner<'a> {
     }
 
     fn kill(&mut self, gfn: u64, lines: u64) -> bool {
-        let Some(mut cache) = self.world.cache(self.me) else {
-            // The world was stopped while waiting; the write stands, so try again at once.
-            self.vm.attention.store(1, Ordering::SeqCst);
-            let mut cache = self.world.cache_outside();
-            Self::kill_locked(self.world, &mut cache, None, gfn, lines);
-            return false;
+        // The write stands, so its translations go even if the world is stopped while waiting. This vCPU
+        // is running again then: it may neither wait without parking nor be stopped by itself.
+        let mut stopped = false;
+        let mut cache = loop {
+            match self.world.cache(self.me) {
+                Some(cache) => break cache,
+                None => stopped = true,
+            }
         };
-        Self::kill_locked(self.world, &mut cache, Some(self.me), gfn, lines);
-        true
+        Self::kill_locked(self.world, &mut cache, self.me, gfn, lines);
+        if stopped {
+            self.vm.attention.store(1, Ordering::SeqCst);
+        }
+        !stopped
     }
 
     fn kill_locked(
         world: &World,
         cache: &mut cache::Cache,
-        me: Option<&VcpuBox>,
+        me: &VcpuBox,
         gfn: u64,
         lines: u64,
     ) {
         if cache.page_lines(gfn) & lines == 0 {
             return;
         }
-        world.stopped(cache, me, |_| {});
+        world.stopped(cache, Some(me), |_| {});
         cache.kill(gfn, lines);
         if !cache.has_code(gfn)
             && let Some(flags) = world.code_map.page(gfn << 12)
