@@ -423,8 +423,8 @@ impl Writer<'_> {
             }
             if let Some(mut bytes) = encode(&insn, self.pool.bits, at) {
                 if keeps_undefined_flags(&insn) {
-                    // The defined ones may be looked at.
-                    if self.r.one_in(2) {
+                    // The carry may be looked at where it is defined.
+                    if forms::undefined(&insn) & 1 == 0 && self.r.one_in(2) {
                         let n = self.free();
                         let cc = if self.r.one_in(2) { 0x92 } else { 0x93 };
                         if n < 4 {
