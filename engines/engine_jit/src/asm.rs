@@ -336,17 +336,17 @@ impl Asm {
         self.buf[pos] = rel as u8;
     }
 
-    /// `jcc` to an absolute address within 2 GiB.
-    pub fn jcc_to(&mut self, cc: u8, target: u64) {
-        let rel = target.wrapping_sub(self.pc() + 6) as u32;
-        self.bytes(&[0x0f, 0x80 | cc]);
-        self.d32(rel);
-    }
-
     /// `jmp` to an absolute address within 2 GiB.
     pub fn jmp_to(&mut self, target: u64) {
         let rel = target.wrapping_sub(self.pc() + 5) as u32;
         self.buf.push(0xe9);
+        self.d32(rel);
+    }
+
+    /// `jcc` to an absolute address within 2 GiB.
+    pub fn jcc_to(&mut self, cc: u8, target: u64) {
+        let rel = target.wrapping_sub(self.pc() + 6) as u32;
+        self.bytes(&[0x0f, 0x80 | cc]);
         self.d32(rel);
     }
 

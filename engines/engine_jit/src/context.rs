@@ -102,6 +102,7 @@ const SIMPLE_AC: u32 = 1 << 13;
 const SMAP: u32 = 1 << 14;
 const TSC: u32 = 1 << 15;
 const FSGSBASE: u32 = 1 << 16;
+const SEGMENTED: u32 = 1 << 17;
 
 fn flat(s: &Segment) -> bool {
     // Present, base 0, 4 GiB, and for data: expand-up and writable or readable code.
@@ -110,6 +111,16 @@ fn flat(s: &Segment) -> bool {
 
 fn flat_data(s: &Segment) -> bool {
     flat(s) && s.attr & 8 == 0 && s.attr & 4 == 0 && s.attr & 2 != 0
+}
+
+/// Data that may be written, and grows up: base and limit are all there is to check.
+fn normal(s: &Segment) -> bool {
+    !s.unusable && s.present() && s.attr & 0x1e == 0x12
+}
+
+/// Code that may be read; in real-address mode CS may hold a data type.
+fn readable_code(s: &Segment) -> bool {
+    !s.unusable && s.present() && (s.attr & 0x1a == 0x1a || s.attr & 0x1e == 0x12)
 }
 
 fn flat_limit(s: &Segment) -> bool {
@@ -139,11 +150,18 @@ impl Context {
                 && flat_data(&s[sreg::ES]);
             if all {
                 k |= FLAT;
+            } else if normal(&s[sreg::SS])
+                && normal(&s[sreg::DS])
+                && normal(&s[sreg::ES])
+                && readable_code(&s[sreg::CS])
+            {
+                k |= SEGMENTED;
             }
-            if flat_limit(&s[sreg::FS]) {
+            let usable = if all { flat_limit } else { normal };
+            if usable(&s[sreg::FS]) {
                 k |= FS_FLAT;
             }
-            if flat_limit(&s[sreg::GS]) {
+            if usable(&s[sreg::GS]) {
                 k |= GS_FLAT;
             }
             if s[sreg::SS].db() {
@@ -168,7 +186,7 @@ impl Context {
             k |= DF;
         }
         // IF alone in bits 8-15 of RFLAGS, and no privilege question about changing it.
-        if cpu.rflags & 0xfd00 & !0x800 == 0 && cpu.cpl == 0 && !cpu.v86() && cpu.protected() {
+        if cpu.rflags & 0xfd00 & !0x800 == 0 && cpu.cpl == 0 && !cpu.v86() {
             k |= SIMPLE_IF;
         }
         // AC alone in bits 16-23, for the same reason.
@@ -185,7 +203,7 @@ impl Context {
             k |= TSC;
         }
         let alignment = cpu.cpl == 3 && cpu.cr0 & (1 << 18) != 0 && cpu.rflags & (1 << 18) != 0;
-        if cpu.v86() || !cpu.protected() || alignment {
+        if alignment {
             k |= INTERPRET;
         }
         Context(k)
@@ -207,17 +225,25 @@ impl Context {
     pub fn flat(self) -> bool {
         self.0 & FLAT != 0
     }
-    /// FS has a base only.
+    /// FS has a base only, or, where segmented, base and limit.
     pub fn fs_flat(self) -> bool {
         self.0 & FS_FLAT != 0
     }
-    /// GS has a base only.
+    /// GS has a base only, or, where segmented, base and limit.
     pub fn gs_flat(self) -> bool {
         self.0 & GS_FLAT != 0
     }
-    /// The stack is flat and ESP or RSP wide.
-    pub fn flat_stack(self) -> bool {
-        self.flat() && self.0 & SS32 != 0
+    /// Segments have bases and limits, which emitted code adds and checks.
+    pub fn segmented(self) -> bool {
+        self.0 & SEGMENTED != 0
+    }
+    /// Stack accesses can be translated.
+    pub fn stack(self) -> bool {
+        self.flat() || self.segmented()
+    }
+    /// The stack pointer is ESP or RSP, not SP.
+    pub fn wide_stack(self) -> bool {
+        self.0 & SS32 != 0
     }
     /// What FPU state may be used.
     pub fn fpu(self) -> Fpu {

@@ -301,41 +301,57 @@ fn is_native_branch_size(insn: &Instruction, bytes: &[u8], ctx: Context) -> bool
             insn.op0_kind(),
             OpKind::NearBranch32 | OpKind::Register | OpKind::Memory
         ),
-        CodeSize::Bits16 => false,
+        CodeSize::Bits16 => matches!(
+            insn.op0_kind(),
+            OpKind::NearBranch16 | OpKind::Register | OpKind::Memory
+        ),
     };
     let code = insn.code();
-    wide && !matches!(
-        code,
-        Code::Jmp_rm16
-            | Code::Call_rm16
-            | Code::Jmp_m1616
-            | Code::Call_m1616
-            | Code::Jmp_m1632
-            | Code::Call_m1632
-            | Code::Jmp_m1664
-            | Code::Call_m1664
-    )
+    let narrow = matches!(code, Code::Jmp_rm16 | Code::Call_rm16);
+    let narrow_ok = narrow == (ctx.code_size() == CodeSize::Bits16);
+    wide && (narrow_ok || matches!(insn.op0_kind(), OpKind::NearBranch16))
+        && !matches!(
+            code,
+            Code::Jmp_m1616
+                | Code::Call_m1616
+                | Code::Jmp_m1632
+                | Code::Call_m1632
+                | Code::Jmp_m1664
+                | Code::Call_m1664
+        )
+}
+
+/// Page offset of a direct branch's target.
+fn near_target(insn: &Instruction, mode: CodeSize) -> i64 {
+    let t = insn.near_branch_target();
+    match mode {
+        CodeSize::Bits64 => t as i64,
+        CodeSize::Bits32 => i64::from(t as u32 as i32),
+        CodeSize::Bits16 => i64::from(t as u16 as i16),
+    }
 }
 
 fn classify(insn: &Instruction, bytes: &[u8], ctx: Context) -> (Kind, Option<Encoding>, bool) {
     use Mnemonic as M;
     let interpret = (Kind::Interpret, None, false);
     let mode = ctx.code_size();
-    if ctx.interpret_only() || mode == CodeSize::Bits16 {
+    if ctx.interpret_only() {
         return interpret;
     }
     let long = mode == CodeSize::Bits64;
-    if mode == CodeSize::Bits32 && insn.flow_control() != FlowControl::Next && !ctx.flat() {
+    if insn.flow_control() != FlowControl::Next && !ctx.stack() {
         return interpret;
     }
-    let target = || {
-        let t = insn.near_branch_target();
-        if long {
-            t as i64
-        } else {
-            i64::from(t as u32 as i32)
-        }
-    };
+    let indirect = matches!(
+        insn.flow_control(),
+        FlowControl::IndirectBranch | FlowControl::IndirectCall | FlowControl::Return
+    );
+    let near = || (0..4096).contains(&near_target(insn, mode));
+    if ctx.segmented() && insn.flow_control() != FlowControl::Next && (indirect || !near()) {
+        // Where the branch leads must be checked against CS.
+        return interpret;
+    }
+    let target = || near_target(insn, mode);
     match insn.flow_control() {
         FlowControl::ConditionalBranch => {
             let cc = insn.condition_code();
@@ -352,7 +368,7 @@ fn classify(insn: &Instruction, bytes: &[u8], ctx: Context) -> (Kind, Option<Enc
             return interpret;
         }
         FlowControl::Call if insn.is_call_near() => {
-            if is_native_branch_size(insn, bytes, ctx) && ctx.flat_stack() {
+            if is_native_branch_size(insn, bytes, ctx) && ctx.stack() {
                 return (Kind::Call(target()), None, false);
             }
             return interpret;
@@ -364,8 +380,7 @@ fn classify(insn: &Instruction, bytes: &[u8], ctx: Context) -> (Kind, Option<Enc
             return interpret;
         }
         FlowControl::IndirectCall if insn.is_call_near_indirect() => {
-            if is_native_branch_size(insn, bytes, ctx) && ctx.flat_stack() && address_ok(insn, ctx)
-            {
+            if is_native_branch_size(insn, bytes, ctx) && ctx.stack() && address_ok(insn, ctx) {
                 return (Kind::CallIndirect, None, false);
             }
             return interpret;
@@ -373,10 +388,11 @@ fn classify(insn: &Instruction, bytes: &[u8], ctx: Context) -> (Kind, Option<Enc
         FlowControl::Return => {
             let near = match insn.code() {
                 Code::Retnq | Code::Retnq_imm16 => long,
-                Code::Retnd | Code::Retnd_imm16 => !long,
+                Code::Retnd | Code::Retnd_imm16 => mode == CodeSize::Bits32,
+                Code::Retnw | Code::Retnw_imm16 => mode == CodeSize::Bits16,
                 _ => false,
             };
-            if near && ctx.flat_stack() && !narrowed(bytes, ctx) {
+            if near && ctx.stack() && !narrowed(bytes, ctx) {
                 let imm = if insn.op_count() == 1 {
                     insn.immediate16()
                 } else {
@@ -424,10 +440,11 @@ fn classify(insn: &Instruction, bytes: &[u8], ctx: Context) -> (Kind, Option<Enc
         M::Reservednop => return (Kind::Nop, None, false),
         M::Movsxd if narrowed(bytes, ctx) => return interpret,
         M::Cld if ctx.df_clear() => return (Kind::Nop, None, false),
-        M::Push if ctx.flat_stack() => {
+        M::Push if ctx.stack() => {
             let ok = match insn.code() {
                 Code::Push_r64 | Code::Push_rm64 | Code::Pushq_imm32 | Code::Pushq_imm8 => long,
                 Code::Push_r32 | Code::Push_rm32 | Code::Pushd_imm32 | Code::Pushd_imm8 => !long,
+                Code::Push_r16 | Code::Push_rm16 | Code::Push_imm16 | Code::Pushw_imm8 => !long,
                 _ => false,
             };
             return if ok && address_ok(insn, ctx) {
@@ -436,12 +453,16 @@ fn classify(insn: &Instruction, bytes: &[u8], ctx: Context) -> (Kind, Option<Enc
                 interpret
             };
         }
-        M::Pop if ctx.flat_stack() => {
+        M::Pop if ctx.stack() => {
+            let register = insn.op0_kind() == OpKind::Register;
             let ok = match insn.code() {
-                Code::Pop_r64 => long,
-                Code::Pop_r32 => !long,
-                Code::Pop_rm64 => long && insn.op0_kind() == OpKind::Register,
-                Code::Pop_rm32 => !long && insn.op0_kind() == OpKind::Register,
+                Code::Pop_r64 | Code::Pop_rm64 => long && register,
+                Code::Pop_r32 | Code::Pop_rm32 => {
+                    !long && register && insn.op0_register() != Register::ESP
+                }
+                Code::Pop_r16 | Code::Pop_rm16 => {
+                    !long && register && insn.op0_register() != Register::SP
+                }
                 _ => false,
             };
             return if ok {
@@ -450,7 +471,7 @@ fn classify(insn: &Instruction, bytes: &[u8], ctx: Context) -> (Kind, Option<Enc
                 interpret
             };
         }
-        M::Leave if ctx.flat_stack() => {
+        M::Leave if ctx.flat() && ctx.wide_stack() => {
             let ok = matches!(
                 (insn.code(), long),
                 (Code::Leaveq, true) | (Code::Leaved, false)
@@ -482,6 +503,8 @@ fn classify(insn: &Instruction, bytes: &[u8], ctx: Context) -> (Kind, Option<Enc
         && insn.op0_kind() == OpKind::Memory
         && insn.op1_kind() == OpKind::Register
         && matches!(insn.memory_size().size(), 4 | 8)
+        && !ctx.segmented()
+        && insn.memory_segment() != Register::CS
         && address_ok(insn, ctx)
     {
         let enc = Encoding::parse(bytes, insn, mode);
@@ -531,25 +554,17 @@ fn address_ok(insn: &Instruction, ctx: Context) -> bool {
     if !mem {
         return true;
     }
-    let (b, x) = (insn.memory_base(), insn.memory_index());
-    if b == Register::EIP || b.is_gpr16() || x.is_gpr16() || insn.is_vsib() {
+    if insn.memory_base() == Register::EIP || insn.is_vsib() {
         return false;
-    }
-    if b == Register::None && x == Register::None && ctx.code_size() != CodeSize::Bits64 {
-        // A 16-bit displacement-only address.
-        if insn.memory_displ_size() == 2 {
-            return false;
-        }
     }
     if ctx.code_size() == CodeSize::Bits64 {
         return true;
     }
     match insn.memory_segment() {
-        // Code segments are not writable, and some not readable.
-        Register::CS => false,
-        Register::FS => ctx.fs_flat(),
-        Register::GS => ctx.gs_flat(),
-        _ => ctx.flat(),
+        Register::FS => ctx.fs_flat() && ctx.stack(),
+        Register::GS => ctx.gs_flat() && ctx.stack(),
+        // CS can be read; that it is not written is checked where writes are known.
+        _ => ctx.stack(),
     }
 }
 

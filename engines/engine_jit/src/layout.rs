@@ -166,6 +166,13 @@ pub fn seg_base(n: usize) -> i32 {
         + offset_of!(x86emu::state::Segment, base) as i32
 }
 
+/// `gs` displacement of a segment's limit.
+pub fn seg_limit(n: usize) -> i32 {
+    off::SEG
+        + (n * size_of::<x86emu::state::Segment>()) as i32
+        + offset_of!(x86emu::state::Segment, limit) as i32
+}
+
 /// `gs` displacement of a segment's selector.
 pub fn seg_selector(n: usize) -> i32 {
     off::SEG

@@ -14,6 +14,8 @@ mod context;
 mod env;
 mod flags;
 mod frontend;
+#[doc(hidden)]
+pub mod fuzz;
 mod layout;
 mod run;
 mod signal;

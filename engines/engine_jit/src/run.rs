@@ -198,7 +198,6 @@ impl<'a> Runner<'a> {
             || cpu.rflags & TF != 0
             || cpu.dr7 & 0xff != 0
             || Context::of(cpu).interpret_only()
-            || cpu.code_size() == CodeSize::Bits16
     }
 
     /// Counts the next instruction by mnemonic.
@@ -336,7 +335,12 @@ impl<'a> Runner<'a> {
             let pc = self.linear_pc();
             self.vm.ctx = ctx.0;
             self.vm.caches.enter_context(ctx);
-            let phys = match self.code_page(ctx, pc) {
+            let found = if ctx.segmented() && !self.page_in_segment(pc) {
+                Ok(None)
+            } else {
+                self.code_page(ctx, pc)
+            };
+            let phys = match found {
                 Ok(Some(phys)) => phys,
                 Ok(None) => {
                     // Not RAM, not canonical, or a page fault: the interpreter sorts it out.
@@ -369,6 +373,18 @@ impl<'a> Runner<'a> {
             self.vm.split_flags();
             return entry;
         }
+    }
+
+    /// The whole page of `pc` lies within CS, so that jumps within it need no check.
+    fn page_in_segment(&self, pc: u64) -> bool {
+        let cpu = &self.vm.cpu;
+        let cs = &cpu.seg[sreg::CS];
+        let limit = match cpu.code_size() {
+            CodeSize::Bits16 => cs.limit.min(0xffff),
+            _ => cs.limit,
+        };
+        let first = (pc as u32 & !0xfff).wrapping_sub(cs.base as u32);
+        first.checked_add(0xfff).is_some_and(|last| last <= limit)
     }
 
     /// The block of the one instruction at `pc`, which reaches into the next page. `None`: it must be
@@ -548,7 +564,8 @@ impl<'a> Runner<'a> {
         self.vm.cpu.rip = if Context(self.vm.ctx).code_size() == CodeSize::Bits64 {
             pc
         } else {
-            pc & 0xffff_ffff
+            let base = self.vm.cpu.seg[sreg::CS].base as u32;
+            (pc as u32).wrapping_sub(base).into()
         };
     }
 

@@ -16,7 +16,8 @@ use crate::context::Context;
 use crate::flags;
 use crate::frontend::{ARITH, Decoded, Kind, Op, Strings, access_size};
 use crate::layout::{
-    JUMP_ENTRIES, TLB_ENTRIES, gpr_slot, jumps_base, off, seg_base, seg_selector, tlb_base,
+    JUMP_ENTRIES, TLB_ENTRIES, gpr_slot, jumps_base, off, seg_base, seg_limit, seg_selector,
+    tlb_base,
 };
 use crate::stubs::{GUEST_RSP, I, Stubs, T};
 use iced_x86::{
@@ -115,6 +116,8 @@ struct Tx<'a> {
     info: InstructionInfoFactory,
     bmi2: bool,
     map: Vec<(u32, u16)>,
+    /// Jumps taken when an address lies beyond its segment's limit.
+    beyond: Vec<usize>,
 }
 
 /// Translates `block` to code that will execute at `base`.
@@ -129,6 +132,7 @@ pub fn translate(block: &Decoded, ctx: Context, stubs: &Stubs, base: u64, bmi2: 
         info: InstructionInfoFactory::new(),
         bmi2,
         map: Vec::with_capacity(block.ops.len()),
+        beyond: Vec::new(),
     };
     // Indirect entry: T is the linear address, the flags are in memory.
     x.a.alu_imm(Size::Q, 4, T, -4096);
@@ -187,11 +191,21 @@ impl Tx<'_> {
         self.ctx.code_size() == CodeSize::Bits64
     }
 
-    fn stack_size(&self) -> (Size, i32) {
-        if self.long() {
-            (Size::Q, 8)
-        } else {
-            (Size::D, 4)
+    /// Operand size of PUSH and POP.
+    fn stack_size(insn: &Instruction) -> (Size, i32) {
+        match insn.stack_pointer_increment().abs() {
+            2 => (Size::W, 2),
+            4 => (Size::D, 4),
+            _ => (Size::Q, 8),
+        }
+    }
+
+    /// Operand size of an indirect jump.
+    fn branch_size(&self) -> (Size, i32) {
+        match self.ctx.code_size() {
+            CodeSize::Bits64 => (Size::Q, 8),
+            CodeSize::Bits32 => (Size::D, 4),
+            CodeSize::Bits16 => (Size::W, 2),
         }
     }
 
@@ -474,7 +488,7 @@ impl Tx<'_> {
     fn pushf(&mut self, op: &Op) {
         self.save_flags(ARITH);
         let retry = self.a.here();
-        self.stack_address(T, -8);
+        self.stack_address(-8, 8);
         let miss = self.probe(8, true, retry, op);
         self.a.lea(I, Mem::Sib(Some(I), Some((T, 0)), 0));
         flags::restore_keeping_scratch(&mut self.a);
@@ -482,7 +496,7 @@ impl Tx<'_> {
         self.a.alu_imm(Size::D, 4, T, crate::layout::ARITH as i32);
         self.a.op_mem(Size::Q, &[0x0b], T, Mem::Gs(off::RFLAGS)); // or
         self.a.store(Size::Q, at(I, 0), T);
-        self.stack_address(GUEST_RSP, -8);
+        self.move_stack(-8);
         self.resume_miss([miss], op);
     }
 
@@ -516,7 +530,7 @@ impl Tx<'_> {
         self.a.alu_imm(Size::D, 4, T, 0xd500);
         self.a.op_reg(Size::D, &[0x09], I, T); // or
         self.a.store(Size::W, Mem::Gs(off::FLAGS), T);
-        self.stack_address(GUEST_RSP, 8);
+        self.move_stack(8);
         let (meta, resume) = (self.meta(op), self.a.here());
         for jump in [other, window] {
             self.cold.push(Cold::Interpret {
@@ -561,7 +575,7 @@ impl Tx<'_> {
         self.save_flags(op.live_before);
         let retry = self.a.here();
         // The address first, as it may use both scratch registers.
-        self.address(insn);
+        self.address(insn, size);
         let from = match host(guest) {
             Some(h) => h,
             None => {
@@ -600,18 +614,32 @@ impl Tx<'_> {
         self.resume_miss([miss], op);
     }
 
-    /// Address of the memory operand into T. Clobbers I, and EFLAGS if a segment base is added.
-    fn address(&mut self, insn: &Instruction) {
+    /// Linear address of the memory operand of `size` bytes into T. Clobbers I, and EFLAGS where a
+    /// segment counts.
+    fn address(&mut self, insn: &Instruction, size: usize) {
         self.address_parts(insn, T);
-        let seg = match insn.memory_segment() {
-            Register::FS => Some(4),
-            Register::GS => Some(5),
-            _ => None,
-        };
-        if let Some(n) = seg {
-            let size = if self.long() { Size::Q } else { Size::D };
-            self.a.op_mem(size, &[0x03], T, Mem::Gs(seg_base(n)));
+        let n = (insn.memory_segment() as usize).wrapping_sub(Register::ES as usize);
+        if self.ctx.segmented() {
+            self.in_segment(n, size);
+        } else if n >= 4 {
+            let width = if self.long() { Size::Q } else { Size::D };
+            self.a.op_mem(width, &[0x03], T, Mem::Gs(seg_base(n)));
         }
+    }
+
+    /// Checks the offset in T of `size` bytes against a segment's limit and makes it linear. Beyond the
+    /// limit the interpreter raises the exception.
+    fn in_segment(&mut self, n: usize, size: usize) {
+        self.a.mov32(I, T);
+        if size > 1 {
+            self.a.alu_imm(Size::D, 0, I, size as i32 - 1);
+            let wraps = self.a.jcc(cc::B);
+            self.beyond.push(wraps);
+        }
+        self.a.op_mem(Size::D, &[0x3b], I, Mem::Gs(seg_limit(n))); // cmp
+        let beyond = self.a.jcc(cc::A);
+        self.beyond.push(beyond);
+        self.a.op_mem(Size::D, &[0x03], T, Mem::Gs(seg_base(n))); // add
     }
 
     /// Effective address of the memory operand into `dst` without touching flags. May use `dst` and
@@ -632,10 +660,10 @@ impl Tx<'_> {
         };
         let disp64 = insn.memory_displacement64();
         if b == Register::None && x == Register::None {
-            let v = if self.long() {
-                disp64
-            } else {
-                disp64 & 0xffff_ffff
+            let v = match (self.long(), insn.memory_displ_size()) {
+                (true, _) => disp64,
+                (false, 2) => disp64 & 0xffff,
+                (false, _) => disp64 & 0xffff_ffff,
             };
             self.a.mov_imm(dst, v);
             return wide;
@@ -660,6 +688,9 @@ impl Tx<'_> {
             self.a.lea(dst, mem);
         } else {
             self.a.lea32(dst, mem);
+        }
+        if b.is_gpr16() || x.is_gpr16() {
+            self.a.op_reg(Size::D, &[0x0f, 0xb7], dst, dst); // movzx
         }
         wide
     }
@@ -706,6 +737,16 @@ impl Tx<'_> {
     fn resume_miss(&mut self, misses: impl IntoIterator<Item = PendingMiss>, op: &Op) {
         let resume = self.a.here();
         let reload = self.flags == Flags::Host && op.live_after != 0;
+        let meta = self.meta(op);
+        for jump in std::mem::take(&mut self.beyond) {
+            self.cold.push(Cold::Interpret {
+                jump,
+                meta,
+                resume,
+                reload,
+                save: false,
+            });
+        }
         for m in misses {
             let block = self.block;
             let index = block.ops.iter().position(|o| o.off == op.off).unwrap_or(0);
@@ -772,6 +813,9 @@ impl Tx<'_> {
                 }
             }
         }
+        if o.write && !self.long() && insn.memory_segment() == Register::CS {
+            return None;
+        }
         let mut tried = o.enc;
         if o.memory {
             tried.set_memory(HostMem::BaseIndex(I, T));
@@ -788,8 +832,9 @@ impl Tx<'_> {
         if o.memory {
             self.save_flags(op.live_before);
             let retry = self.a.here();
-            self.address(&op.insn);
-            let mut miss = self.probe(access_size(&op.insn), o.write, retry, op);
+            let size = access_size(&op.insn);
+            self.address(&op.insn, size);
+            let mut miss = self.probe(size, o.write, retry, op);
             if o.write && !whole_bounce(&op.insn) {
                 miss.bounce = Bounce::Never;
             } else if o.write {
@@ -885,30 +930,48 @@ impl Tx<'_> {
         }
     }
 
-    /// `rsp + disp` into `dst`.
-    fn stack_address(&mut self, dst: u8, disp: i32) {
+    /// Linear address of `size` bytes at the stack pointer plus `disp` into T.
+    fn stack_address(&mut self, disp: i32, size: i32) {
         if self.long() {
-            self.a.lea(dst, at(GUEST_RSP, disp));
+            self.a.lea(T, at(GUEST_RSP, disp));
+            return;
+        }
+        self.a.lea32(T, at(GUEST_RSP, disp));
+        if !self.ctx.wide_stack() {
+            self.a.op_reg(Size::D, &[0x0f, 0xb7], T, T); // movzx
+        }
+        if self.ctx.segmented() {
+            self.in_segment(2, size as usize);
+        }
+    }
+
+    /// Adds `disp` to the stack pointer. Clobbers I; keeps flags.
+    fn move_stack(&mut self, disp: i32) {
+        if self.long() {
+            self.a.lea(GUEST_RSP, at(GUEST_RSP, disp));
+        } else if self.ctx.wide_stack() {
+            self.a.lea32(GUEST_RSP, at(GUEST_RSP, disp));
         } else {
-            self.a.lea32(dst, at(GUEST_RSP, disp));
+            self.a.lea32(I, at(GUEST_RSP, disp));
+            self.a.op_reg(Size::W, &[0x89], I, GUEST_RSP);
         }
     }
 
     fn push(&mut self, op: &Op) {
         let insn = &op.insn;
-        let (size, n) = self.stack_size();
+        let (size, n) = Self::stack_size(insn);
         self.save_flags(op.live_before);
         let mut misses = Vec::new();
         if insn.op0_kind() == OpKind::Memory {
             let retry = self.a.here();
-            self.address(insn);
+            self.address(insn, n as usize);
             misses.push(self.probe(n as usize, false, retry, op));
             self.a.load(size, T, Mem::Sib(Some(I), Some((T, 0)), 0));
             self.a.store(Size::Q, Mem::Gs(off::SPILL), T);
         }
         // A retry after the second miss must not load a register that the first part clobbered.
         let retry = self.a.here();
-        self.stack_address(T, -n);
+        self.stack_address(-n, n);
         misses.push(self.probe(n as usize, true, retry, op));
         match insn.op0_kind() {
             OpKind::Register => {
@@ -933,35 +996,40 @@ impl Tx<'_> {
                     .store_imm(size, Mem::Sib(Some(I), Some((T, 0)), 0), imm);
             }
         }
-        self.stack_address(GUEST_RSP, -n);
+        self.move_stack(-n);
         self.resume_miss(misses, op);
     }
 
     fn pop(&mut self, op: &Op) {
-        let (size, n) = self.stack_size();
+        let (size, n) = Self::stack_size(&op.insn);
         self.save_flags(op.live_before);
         let retry = self.a.here();
-        self.stack_address(T, 0);
+        self.stack_address(0, n);
         let miss = self.probe(n as usize, false, retry, op);
         let guest = number(op.insn.op0_register());
         let from = Mem::Sib(Some(I), Some((T, 0)), 0);
         match host(guest) {
+            // Part of a register: what is above stays. POP SP is the interpreter's.
+            Some(h) if size == Size::W => {
+                self.a.op_mem(Size::W, &[0x8b], h, from);
+                self.move_stack(n);
+            }
             Some(GUEST_RSP) => self.a.load(size, GUEST_RSP, from),
             Some(h) => {
                 self.a.load(size, h, from);
-                self.stack_address(GUEST_RSP, n);
+                self.move_stack(n);
             }
             None => {
                 self.a.load(size, T, from);
                 self.a.store(Size::Q, Mem::Gs(gpr_slot(guest)), T);
-                self.stack_address(GUEST_RSP, n);
+                self.move_stack(n);
             }
         }
         self.resume_miss([miss], op);
     }
 
     fn leave(&mut self, op: &Op) {
-        let (size, n) = self.stack_size();
+        let (size, n) = self.branch_size();
         self.save_flags(op.live_before);
         let retry = self.a.here();
         if self.long() {
@@ -1066,9 +1134,14 @@ impl Tx<'_> {
     /// `from`: of an indirect branch, its page offset and what it has added to RSP, for the case that
     /// the target is not canonical.
     fn jump_t(&mut self, from: Option<(u16, i32)>) {
+        let stub = self.stubs.jump;
+        if self.ctx.segmented() {
+            // The target must be checked against the segment, which the jump cache knows nothing of.
+            self.a.jmp_to(stub);
+            return;
+        }
         let base = jumps_base(self.ctx.tlb());
         let a = &mut self.a;
-        let stub = self.stubs.jump;
         let miss = |a: &mut Asm| {
             if from.is_some() {
                 return a.jcc(cc::NE);
@@ -1103,14 +1176,17 @@ impl Tx<'_> {
 
     /// Pushes the return address; flags are out of the way.
     fn push_return(&mut self, op: &Op, misses: &mut Vec<PendingMiss>) {
-        let (size, n) = self.stack_size();
+        let (size, n) = self.branch_size();
         let retry = self.a.here();
-        self.stack_address(T, -n);
+        self.stack_address(-n, n);
         misses.push(self.probe(n as usize, true, retry, op));
         self.a.lea(I, Mem::Sib(Some(I), Some((T, 0)), 0));
         self.load_linear(T, i64::from(op.off) + op.insn.len() as i64);
+        if self.ctx.segmented() {
+            self.a.op_mem(Size::D, &[0x2b], T, Mem::Gs(seg_base(1))); // sub
+        }
         self.a.store(size, at(I, 0), T);
-        self.stack_address(GUEST_RSP, -n);
+        self.move_stack(-n);
     }
 
     fn call_direct(&mut self, op: &Op, target: i64) {
@@ -1125,10 +1201,10 @@ impl Tx<'_> {
     /// The branch target of an indirect jump or call into T.
     fn load_target(&mut self, op: &Op, misses: &mut Vec<PendingMiss>) {
         let insn = &op.insn;
-        let (size, n) = self.stack_size();
+        let (size, n) = self.branch_size();
         if insn.op0_kind() == OpKind::Memory {
             let retry = self.a.here();
-            self.address(insn);
+            self.address(insn, n as usize);
             misses.push(self.probe(n as usize, false, retry, op));
             self.a.load(size, T, Mem::Sib(Some(I), Some((T, 0)), 0));
             return;
@@ -1156,19 +1232,19 @@ impl Tx<'_> {
         self.a.store(Size::Q, Mem::Gs(off::SPILL), T);
         self.push_return(op, &mut misses);
         self.a.load(Size::Q, T, Mem::Gs(off::SPILL));
-        self.jump_t(Some((op.off, -self.stack_size().1)));
+        self.jump_t(Some((op.off, -self.branch_size().1)));
         self.resume_miss(misses, op);
     }
 
     fn ret(&mut self, op: &Op, release: u16) {
-        let (size, n) = self.stack_size();
+        let (size, n) = self.branch_size();
         self.save_flags(op.live_before);
         let retry = self.a.here();
-        self.stack_address(T, 0);
+        self.stack_address(0, n);
         let miss = self.probe(n as usize, false, retry, op);
         self.a.load(size, T, Mem::Sib(Some(I), Some((T, 0)), 0));
         let moved = n + i32::from(release);
-        self.stack_address(GUEST_RSP, moved);
+        self.move_stack(moved);
         self.jump_t(Some((op.off, moved)));
         self.resume_miss([miss], op);
     }
