@@ -1,4 +1,5 @@
 //! The conformance suite: see the crate's documentation.
 #![recursion_limit = "512"]
 
+mod code;
 mod paging;
