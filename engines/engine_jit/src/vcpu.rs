@@ -98,6 +98,11 @@ impl EngineVcpu for JitVcpu {
         // SAFETY: `running` is set: no other thread touches anything but the atomic flags.
         let vm = unsafe { &mut *self.mem.mem() };
         vm.irq_window = irq_window.into();
+        if vm.cpu.cr0 & x86defs::cr0::PG == 0 {
+            // Without paging the guest has no flushes that would show what devices and user space have
+            // written over its code.
+            vm.caches.flush_code();
+        }
         let exit = Runner::new(vm, env, &self.world, &self.mem, &mut self.stats).run();
         self.world.leave(&self.mem);
         exit
