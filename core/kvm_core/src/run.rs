@@ -172,6 +172,8 @@ impl Vcpu {
 
     fn check_user_exit(&mut self) -> Result<(), Errno> {
         if self.env.run.immediate_exit() || self.env.shared.take_requests(request::USER) != 0 {
+            // Whoever stops a vCPU may change its memory, a debugger its code.
+            self.engine.state_changed();
             return Err(Errno::EINTR);
         }
         Ok(())
