@@ -364,11 +364,38 @@ impl Encoding {
         let imm = bytes.get(at..)?;
         e.imm.get_mut(..imm.len())?.copy_from_slice(imm);
         e.imm_len = imm.len() as u8;
+        if mode != CodeSize::Bits64 && e.form != Form::Legacy {
+            e.drop_what_32_bit_code_ignores(insn);
+        }
         e.high_byte = (0..insn.op_count()).any(|i| {
             use iced_x86::Register as R;
             matches!(insn.try_op_register(i), Ok(R::AH | R::CH | R::DH | R::BH))
         });
         Some(e)
+    }
+
+    /// Outside 64-bit mode there are eight registers, and the bits of VEX and EVEX that would name
+    /// more are ignored, as is W where only 64-bit code has the wide form.
+    fn drop_what_32_bit_code_ignores(&mut self, insn: &Instruction) {
+        use OpCodeOperandKind as K;
+        let op = insn.op_code();
+        self.reg &= 7;
+        self.vvvv &= 7;
+        if let Rm::Reg(n) = &mut self.rm {
+            *n &= 7;
+        }
+        if op.is_wig32() {
+            self.w = false;
+        }
+        let names_register = (0..op.op_count()).any(|n| {
+            matches!(
+                op.try_op_kind(n),
+                Ok(K::xmm_is4 | K::ymm_is4 | K::xmm_is5 | K::ymm_is5)
+            )
+        });
+        if names_register {
+            self.imm[0] &= 0x7f;
+        }
     }
 
     /// The scheme of the encoding.
@@ -603,6 +630,33 @@ mod tests {
             }
         }
         assert!(checked > 3000, "only {checked} forms checked");
+    }
+
+    /// VEX.B, the top bits of VEX.vvvv and of the immediate that names a register, and VEX.W of
+    /// BEXTR mean nothing in 32-bit code.
+    #[test]
+    fn drops_what_32_bit_code_ignores() {
+        let cases: [(&[u8], &[u8]); 3] = [
+            (
+                &[0xc4, 0xe2, 0x80, 0xf7, 0xc3],
+                &[0xc4, 0xe2, 0x40, 0xf7, 0xc3],
+            ),
+            (
+                &[0xc4, 0xc2, 0x78, 0xf7, 0xc3],
+                &[0xc4, 0xe2, 0x78, 0xf7, 0xc3],
+            ),
+            (
+                &[0xc4, 0xe3, 0x71, 0x4a, 0xc2, 0xb0],
+                &[0xc4, 0xe3, 0x71, 0x4a, 0xc2, 0x30],
+            ),
+        ];
+        for (bytes, expected) in cases {
+            let insn = Decoder::new(32, bytes, DecoderOptions::NONE).decode();
+            let e = Encoding::parse(bytes, &insn, CodeSize::Bits32).unwrap();
+            let mut out = [0; MAX_LEN];
+            let n = e.emit(&mut out).unwrap();
+            assert_eq!(&out[..n], expected, "{bytes:02x?}");
+        }
     }
 
     /// Encodings of `code` with register and with memory operands, by trying ModRM bytes.
