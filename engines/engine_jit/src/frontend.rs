@@ -539,7 +539,7 @@ fn strings(insn: &Instruction) -> Option<Strings> {
     let based = source && matches!(insn.memory_segment(), Register::FS | Register::GS);
     let rep = insn.has_rep_prefix() || insn.has_repne_prefix();
     // REP LODS is no one's loop; the interpreter has it.
-    let ok = wide && !based && !insn.has_lock_prefix() && !(rep && !destination);
+    let ok = wide && !based && !insn.has_lock_prefix() && (!rep || destination);
     ok.then_some(Strings {
         source,
         destination,

@@ -292,13 +292,7 @@ impl<'a> Runner<'a> {
         !stopped
     }
 
-    fn kill_locked(
-        world: &World,
-        cache: &mut cache::Cache,
-        me: &VcpuBox,
-        gfn: u64,
-        lines: u64,
-    ) {
+    fn kill_locked(world: &World, cache: &mut cache::Cache, me: &VcpuBox, gfn: u64, lines: u64) {
         if cache.page_lines(gfn) & lines == 0 {
             return;
         }

@@ -1,0 +1,212 @@
+//! Code behind the block: misses, links, polls.
+
+use super::*;
+
+/// Code that is emitted behind the block, where it does not get in the way.
+pub(super) enum Cold {
+    /// A TLB miss: of which probe and instruction, where to go on, whether EFLAGS must be loaded
+    /// there.
+    Miss {
+        miss: PendingMiss,
+        op: usize,
+        resume: usize,
+        reload: bool,
+    },
+    /// A direct jump that is not linked: the jump's displacement, page offset of the target,
+    /// whether EFLAGS must be saved.
+    Link {
+        site: usize,
+        target: u16,
+        save: bool,
+        fpu: bool,
+    },
+    /// The attention flag is up: jump to bind, page offset where execution stops.
+    Poll {
+        jump: usize,
+        target: u16,
+        save: bool,
+        restore_rcx: bool,
+    },
+    /// An indirect branch whose target is not in the jump cache: jumps to bind, page offset of the
+    /// branch, what it has added to RSP.
+    Lost {
+        jumps: [usize; 2],
+        branch: u16,
+        moved: i32,
+    },
+    /// A taken conditional jump backwards or out of the page: jump to bind.
+    Taken { jump: usize, target: i64, live: u32 },
+    /// Loads the FPU: jump to bind, where to go on.
+    Interpret {
+        jump: usize,
+        meta: u32,
+        resume: usize,
+        reload: bool,
+        save: bool,
+    },
+}
+
+/// What becomes of an access that crosses a page.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Bounce {
+    /// The interpreter has it.
+    Never,
+    /// It reads from the bounce buffer.
+    Read,
+    /// A copy of the instruction works on the bounce buffer, which is written back.
+    Write,
+}
+
+/// A probe whose miss is not emitted yet.
+#[derive(Clone, Copy)]
+pub(super) struct PendingMiss {
+    pub(super) jump: usize,
+    pub(super) tag: i32,
+    pub(super) meta: u32,
+    pub(super) retry: usize,
+    /// Where the code behind the probe starts.
+    pub(super) access: usize,
+    pub(super) size: usize,
+    pub(super) bounce: Bounce,
+    /// Where the flags are behind the probe.
+    pub(super) flags: Flags,
+}
+
+impl Tx<'_> {
+    pub(super) fn emit_cold(&mut self) {
+        // Cold code may add more cold code (a taken branch needs a poll and a link).
+        while !self.cold.is_empty() {
+            for c in std::mem::take(&mut self.cold) {
+                self.emit_one(c);
+            }
+        }
+    }
+
+    /// Behind the block: an access that crosses a page takes the bounce buffer if both pages are in the
+    /// TLB; everything else goes to the helper.
+    pub(super) fn emit_miss(&mut self, m: PendingMiss, op: usize, resume: usize, reload: bool) {
+        self.a.bind(m.jump);
+        self.a.op_mem(Size::Q, &[0x03], T, Mem::GsBase(I, m.tag)); // add: T is the address again
+        let mut meta = m.meta;
+        if m.bounce != Bounce::Never {
+            self.a.lea(I, at(T, m.size as i32 - 1));
+            self.a.op_reg(Size::Q, &[0x31], T, I); // xor
+            self.a.shr(I, 12);
+            let inside = self.a.jcc(cc::E);
+            let class = m.size.next_power_of_two().max(8).trailing_zeros() as usize - 3;
+            let write = usize::from(m.bounce == Bounce::Write);
+            self.a
+                .call_to(self.stubs.cross[self.ctx.tlb()][write][class]);
+            if m.bounce == Bounce::Read {
+                let pos = self.a.jcc(cc::AE);
+                self.a.bind_to(pos, m.access);
+            } else {
+                let fails = self.a.jcc(cc::B);
+                let block = self.block;
+                if let Some(op) = block.ops.get(op)
+                    && let Some(o) = self.operands(op)
+                {
+                    self.map.push((self.a.here() as u32, op.off));
+                    self.flags = m.flags;
+                    self.with_memory(op, &o);
+                    self.a.mov_imm(I, m.size as u64);
+                    self.a.call_to(self.stubs.commit);
+                    let pos = self.a.jmp();
+                    self.a.bind_to(pos, resume);
+                }
+                self.a.bind(fails);
+            }
+            self.a.bind(inside);
+            meta |= meta::BOUNCE;
+        }
+        self.a.call_to(self.stubs.memory);
+        self.a.d32(meta);
+        let here = self.a.here();
+        self.a.d32((m.retry as i64 - here as i64) as i32 as u32);
+        if reload {
+            flags::restore(&mut self.a);
+        }
+        let pos = self.a.jmp();
+        self.a.bind_to(pos, resume);
+    }
+
+    pub(super) fn emit_one(&mut self, c: Cold) {
+        match c {
+            Cold::Miss {
+                miss,
+                op,
+                resume,
+                reload,
+            } => self.emit_miss(miss, op, resume, reload),
+            Cold::Interpret {
+                jump,
+                meta,
+                resume,
+                reload,
+                save,
+            } => {
+                self.a.bind(jump);
+                if save {
+                    flags::save(&mut self.a);
+                }
+                self.a.call_to(self.stubs.interpret);
+                self.a.d32(meta);
+                if reload {
+                    flags::restore(&mut self.a);
+                }
+                let pos = self.a.jmp();
+                self.a.bind_to(pos, resume);
+            }
+            Cold::Link {
+                site,
+                target,
+                save,
+                fpu,
+            } => {
+                self.a.bind(site);
+                if save {
+                    flags::save(&mut self.a);
+                }
+                self.a.call_to(self.stubs.link);
+                self.a
+                    .d32(u32::from(target) | if fpu { meta::FPU } else { 0 });
+                let here = self.a.here();
+                self.a.d32((site as i64 - here as i64) as i32 as u32);
+            }
+            Cold::Poll {
+                jump,
+                target,
+                save,
+                restore_rcx,
+            } => {
+                self.a.bind(jump);
+                if restore_rcx {
+                    self.a.mov(reg::RCX, T);
+                }
+                if save {
+                    flags::save(&mut self.a);
+                }
+                self.a.call_to(self.stubs.poll);
+                self.a.d32(u32::from(target));
+            }
+            Cold::Lost {
+                jumps,
+                branch,
+                moved,
+            } => {
+                for j in jumps {
+                    self.a.bind(j);
+                }
+                let branch = i32::from(branch) | 1 << 16;
+                self.a.store_imm(Size::D, Mem::Gs(off::BRANCH), branch);
+                self.a.store_imm(Size::D, Mem::Gs(off::BRANCH_MOVED), moved);
+                self.a.jmp_to(self.stubs.jump);
+            }
+            Cold::Taken { jump, target, live } => {
+                self.a.bind(jump);
+                self.flags = Flags::Host;
+                self.jump_direct(target, live, true);
+            }
+        }
+    }
+}

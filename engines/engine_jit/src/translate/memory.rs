@@ -1,0 +1,396 @@
+//! Memory operands: addresses, TLB probes, and the instructions that are copied.
+
+use super::*;
+
+impl Tx<'_> {
+    /// Linear address of the memory operand of `size` bytes into T. Clobbers I, and EFLAGS where a
+    /// segment counts.
+    pub(super) fn address(&mut self, insn: &Instruction, size: usize) {
+        self.address_parts(insn, T);
+        let n = (insn.memory_segment() as usize).wrapping_sub(Register::ES as usize);
+        if self.ctx.segmented() {
+            self.in_segment(n, size);
+        } else if n >= 4 {
+            let width = if self.long() { Size::Q } else { Size::D };
+            self.a.op_mem(width, &[0x03], T, Mem::Gs(seg_base(n)));
+        }
+    }
+
+    /// Checks the offset in T of `size` bytes against a segment's limit and makes it linear. Beyond the
+    /// limit the interpreter raises the exception.
+    pub(super) fn in_segment(&mut self, n: usize, size: usize) {
+        self.a.mov32(I, T);
+        if size > 1 {
+            self.a.alu_imm(Size::D, 0, I, size as i32 - 1);
+            let wraps = self.a.jcc(cc::B);
+            self.beyond.push(wraps);
+        }
+        self.a.op_mem(Size::D, &[0x3b], I, Mem::Gs(seg_limit(n))); // cmp
+        let beyond = self.a.jcc(cc::A);
+        self.beyond.push(beyond);
+        self.a.op_mem(Size::D, &[0x03], T, Mem::Gs(seg_base(n))); // add
+    }
+
+    /// Effective address of the memory operand into `dst` without touching flags. May use `dst` and
+    /// I as intermediates. Returns whether it is a 64-bit address.
+    pub(super) fn address_parts(&mut self, insn: &Instruction, dst: u8) -> bool {
+        let (b, x) = (insn.memory_base(), insn.memory_index());
+        if b == Register::RIP {
+            // iced gives the target relative to the page, as it decoded with IP = page offset.
+            let disp = insn.memory_displacement64() as i64 as i32;
+            self.a.load(Size::Q, dst, Mem::Gs(off::PC_BASE));
+            self.a.lea(dst, at(dst, disp));
+            return true;
+        }
+        let wide = if b != Register::None || x != Register::None {
+            b.is_gpr64() || x.is_gpr64()
+        } else {
+            self.long() && insn.memory_displ_size() != 4 || self.long()
+        };
+        let disp64 = insn.memory_displacement64();
+        if b == Register::None && x == Register::None {
+            let v = match (self.long(), insn.memory_displ_size()) {
+                (true, _) => disp64,
+                (false, 2) => disp64 & 0xffff,
+                (false, _) => disp64 & 0xffff_ffff,
+            };
+            self.a.mov_imm(dst, v);
+            return wide;
+        }
+        let disp = disp64 as i64 as i32;
+        let mut part = |r: Register, tmp: u8| -> Option<u8> {
+            if r == Register::None {
+                return None;
+            }
+            let n = number(r);
+            Some(host(n).unwrap_or_else(|| {
+                self.a.load(Size::Q, tmp, Mem::Gs(gpr_slot(n)));
+                tmp
+            }))
+        };
+        // `dst` may be a guest register that is also the index: only T and I are free as temporaries.
+        let base = part(b, T);
+        let index = part(x, I);
+        let scale = insn.memory_index_scale().trailing_zeros() as u8;
+        let mem = Mem::Sib(base, index.map(|i| (i, scale)), disp);
+        if wide {
+            self.a.lea(dst, mem);
+        } else {
+            self.a.lea32(dst, mem);
+        }
+        if b.is_gpr16() || x.is_gpr16() {
+            self.a.op_reg(Size::D, &[0x0f, 0xb7], dst, dst); // movzx
+        }
+        wide
+    }
+
+    /// Checks that the `size` bytes at linear address T lie in one page that may be accessed; leaves
+    /// the offset in T and the host page in I. The miss is completed by [`Tx::resume_miss`].
+    pub(super) fn probe(&mut self, size: usize, write: bool, retry: usize, op: &Op) -> PendingMiss {
+        let base_meta = self.meta(op);
+        let a = &mut self.a;
+        let tlb = tlb_base(self.ctx.tlb());
+        let tag = tlb + if write { 8 } else { 0 };
+        if self.bmi2 {
+            a.rorx(I, T, 7);
+        } else {
+            a.mov(I, T);
+            a.shr(I, 7);
+        }
+        a.alu_imm(Size::D, 4, I, ((TLB_ENTRIES - 1) << 5) as i32);
+        a.op_mem(Size::Q, &[0x2b], T, Mem::GsBase(I, tag)); // sub
+        a.alu_imm(Size::Q, 7, T, 4096 - size as i32);
+        let jump = a.jcc(cc::A);
+        a.load(Size::Q, I, Mem::GsBase(I, tlb + 16));
+        let meta =
+            base_meta | if write { meta::WRITE } else { 0 } | (size as u32) << meta::SIZE_SHIFT;
+        let access = self.a.here();
+        let bounce = if write || size == 1 {
+            Bounce::Never
+        } else {
+            Bounce::Read
+        };
+        PendingMiss {
+            jump,
+            tag,
+            meta,
+            retry,
+            access,
+            size,
+            bounce,
+            flags: self.flags,
+        }
+    }
+
+    /// Completes probes of an instruction whose code ends here.
+    pub(super) fn resume_miss(&mut self, misses: impl IntoIterator<Item = PendingMiss>, op: &Op) {
+        let resume = self.a.here();
+        let reload = self.flags == Flags::Host && op.live_after != 0;
+        let meta = self.meta(op);
+        for jump in std::mem::take(&mut self.beyond) {
+            self.cold.push(Cold::Interpret {
+                jump,
+                meta,
+                resume,
+                reload,
+                save: false,
+            });
+        }
+        for m in misses {
+            let block = self.block;
+            let index = block.ops.iter().position(|o| o.off == op.off).unwrap_or(0);
+            self.cold.push(Cold::Miss {
+                miss: m,
+                op: index,
+                resume,
+                reload,
+            });
+        }
+    }
+
+    /// Takes the operands of a copied instruction apart. `None` if it must be interpreted.
+    pub(super) fn operands(&mut self, op: &Op) -> Option<Operands> {
+        let insn = &op.insn;
+        let mut o = Operands {
+            enc: op.enc?,
+            slots: Vec::new(),
+            memory: false,
+            write: false,
+            needs: if op.modifies != 0 && op.live_after & !op.kills != 0 {
+                op.live_before
+            } else {
+                op.reads
+            },
+        };
+        for i in 0..insn.op_count() {
+            let access = self.info.info(insn).op_access(i);
+            let writes = !matches!(
+                access,
+                OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess
+            );
+            if insn.op_kind(i) == OpKind::Memory {
+                o.memory = true;
+                o.write |= writes;
+                continue;
+            }
+            let Some(field) = gpr_field(insn, i) else {
+                continue;
+            };
+            let r = insn.op_register(i);
+            if matches!(r, Register::AH | Register::CH | Register::DH | Register::BH) {
+                continue;
+            }
+            let guest = number(r);
+            match host(guest) {
+                Some(h) if h == guest => {}
+                Some(h) => o.enc.set_register(field, h),
+                None => {
+                    let reads = access != OpAccess::Write || matches!(r.size(), 1 | 2);
+                    if let Some(s) = o.slots.iter_mut().find(|s| s.guest == guest) {
+                        s.read |= reads;
+                        s.write |= writes;
+                        s.fields.push(field);
+                    } else {
+                        let fields = vec![field];
+                        o.slots.push(Slot {
+                            guest,
+                            read: reads,
+                            write: writes,
+                            fields,
+                        });
+                    }
+                }
+            }
+        }
+        if o.write && !self.long() && insn.memory_segment() == Register::CS {
+            return None;
+        }
+        let mut tried = o.enc;
+        if o.memory {
+            tried.set_memory(HostMem::BaseIndex(I, T));
+        }
+        let room = if o.memory { 1 } else { 2 };
+        let fits = o.slots.len() <= room && !enc_fails(&tried, o.memory || !o.slots.is_empty());
+        fits.then_some(o)
+    }
+
+    pub(super) fn native(&mut self, op: &Op) {
+        let Some(o) = self.operands(op) else {
+            return self.interpret(op);
+        };
+        if o.memory {
+            self.save_flags(op.live_before);
+            let retry = self.a.here();
+            let size = access_size(&op.insn);
+            self.address(&op.insn, size);
+            let mut miss = self.probe(size, o.write, retry, op);
+            if o.write && !whole_bounce(&op.insn) {
+                miss.bounce = Bounce::Never;
+            } else if o.write {
+                miss.bounce = Bounce::Write;
+            }
+            self.with_memory(op, &o);
+            self.resume_miss([miss], op);
+            return;
+        }
+        if o.needs != 0 {
+            self.restore_flags(op.live_before, false);
+        }
+        let mut enc = o.enc;
+        if let Some(direct) = in_place(&op.insn, &enc, &o.slots) {
+            self.emit(&direct);
+        } else {
+            for (s, tmp) in o.slots.iter().zip([T, I]) {
+                if s.read {
+                    self.a.load(Size::Q, tmp, Mem::Gs(gpr_slot(s.guest)));
+                }
+                for &f in &s.fields {
+                    enc.set_register(f, tmp);
+                }
+            }
+            self.emit(&enc);
+            for (s, tmp) in o.slots.iter().zip([T, I]) {
+                if s.write {
+                    self.a.store(Size::Q, Mem::Gs(gpr_slot(s.guest)), tmp);
+                }
+            }
+        }
+        if op.modifies != 0 {
+            self.flags = Flags::Host;
+        }
+    }
+
+    /// Emits the instruction with its memory operand at I + T.
+    pub(super) fn with_memory(&mut self, op: &Op, o: &Operands) {
+        let mut enc = o.enc;
+        if o.needs != 0 {
+            self.restore_flags(op.live_before, true);
+        }
+        if let Some(s) = o.slots.first() {
+            self.a.lea(I, Mem::Sib(Some(I), Some((T, 0)), 0));
+            if s.read {
+                self.a.load(Size::Q, T, Mem::Gs(gpr_slot(s.guest)));
+            }
+            for &f in &s.fields {
+                enc.set_register(f, T);
+            }
+            enc.set_memory(HostMem::BaseDisp(I, 0));
+            self.emit(&enc);
+            if s.write {
+                self.a.store(Size::Q, Mem::Gs(gpr_slot(s.guest)), T);
+            }
+        } else {
+            enc.set_memory(HostMem::BaseIndex(I, T));
+            self.emit(&enc);
+        }
+        if op.modifies != 0 {
+            self.flags = Flags::Host;
+        }
+    }
+
+    pub(super) fn emit(&mut self, enc: &Encoding) {
+        let mut out = [0; MAX_LEN];
+        // `enc_fails` has tried it.
+        let n = enc.emit(&mut out).unwrap_or(0);
+        debug_assert!(n != 0);
+        self.a.bytes(&out[..n]);
+    }
+
+    pub(super) fn lea(&mut self, op: &Op) {
+        let insn = &op.insn;
+        let r = insn.op0_register();
+        let guest = number(r);
+        let dst = host(guest);
+        if r.is_gpr16() {
+            self.address_parts(insn, T);
+            match dst {
+                Some(d) => self.a.op_reg(Size::W, &[0x89], T, d),
+                None => self.a.store(Size::W, Mem::Gs(gpr_slot(guest)), T),
+            }
+            return;
+        }
+        let d = dst.unwrap_or(T);
+        let wide = self.address_parts(insn, d);
+        if wide && r.is_gpr32() {
+            self.a.mov32(d, d);
+        }
+        if dst.is_none() {
+            self.a.store(Size::Q, Mem::Gs(gpr_slot(guest)), T);
+        }
+    }
+}
+
+/// A copied instruction's operands.
+pub(super) struct Operands {
+    /// The encoding with registers renamed.
+    pub(super) enc: Encoding,
+    /// Registers that live in memory.
+    pub(super) slots: Vec<Slot>,
+    pub(super) memory: bool,
+    pub(super) write: bool,
+    /// Flags that must be in EFLAGS before it.
+    pub(super) needs: u32,
+}
+
+/// A write through the bounce buffer is right: it is no LOCKed one, and writes all its bytes.
+fn whole_bounce(insn: &Instruction) -> bool {
+    use iced_x86::Mnemonic as M;
+    !insn.has_lock_prefix()
+        && !insn.has_op_mask()
+        && !matches!(
+            insn.mnemonic(),
+            M::Xchg | M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq
+        )
+}
+
+/// A guest register that lives in memory, as an operand.
+pub(super) struct Slot {
+    pub(super) guest: u8,
+    pub(super) read: bool,
+    pub(super) write: bool,
+    pub(super) fields: Vec<Field>,
+}
+
+/// The instruction cannot be re-encoded: AH-DH beside an extended register.
+fn enc_fails(enc: &Encoding, extended: bool) -> bool {
+    if enc.names_high_byte() && extended {
+        return true;
+    }
+    enc.emit(&mut [0; MAX_LEN]).is_none()
+}
+
+/// The instruction with its one register that lives in memory used there as a memory operand, where
+/// the encoding allows it.
+fn in_place(insn: &Instruction, enc: &Encoding, slots: &[Slot]) -> Option<Encoding> {
+    use x86emu::encoding::Form;
+    let [s] = slots else { return None };
+    if s.fields.as_slice() != [Field::Rm] || enc.rm_in_opcode() || enc.form() != Form::Legacy {
+        return None;
+    }
+    use iced_x86::Mnemonic as M;
+    let other = match insn.mnemonic() {
+        // With a memory operand, the bit may lie beyond it.
+        M::Bt | M::Bts | M::Btr | M::Btc => insn.op1_kind() == OpKind::Register,
+        // They store less than they put into a register.
+        M::Pextrb | M::Pextrw | M::Extractps => true,
+        _ => false,
+    };
+    if other {
+        return None;
+    }
+    let i = (0..insn.op_count()).find(|&i| gpr_field(insn, i) == Some(Field::Rm))?;
+    use iced_x86::OpCodeOperandKind as K;
+    let size = match insn.op_code().try_op_kind(i).ok()? {
+        K::r64_or_mem => 8,
+        K::r32_or_mem => 4,
+        K::r8_or_mem => 1,
+        _ => return None,
+    };
+    // A 32-bit result clears the upper half of a register, but not of memory.
+    if s.write && size == 4 {
+        return None;
+    }
+    let mut e = *enc;
+    e.set_memory(HostMem::Gs(gpr_slot(s.guest)));
+    Some(e)
+}

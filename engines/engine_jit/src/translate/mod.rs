@@ -1,0 +1,259 @@
+//! From decoded guest instructions to host code.
+//!
+//! Register map while translated code runs: the guest's RAX-R12 live in the host registers of the same
+//! name, its RSP in R13; its R13-R15 live in memory. R14 (T) and R15 (I) are scratch. `gs` points at
+//! [`crate::layout::VcpuMem`]; the host's RSP stays a host stack.
+//!
+//! Flags: EFLAGS holds the guest's arithmetic flags, or `VcpuMem::flags` does; which of the two is
+//! tracked here per point in the code ([`Flags`]). A TLB probe clobbers EFLAGS, so live flags are saved
+//! once before the first probe and restored before the next instruction that needs them.
+//!
+//! Nothing of the guest's state changes before the last point where an instruction can fault, so
+//! that the interpreter can execute it again from the start.
+
+mod branch;
+mod cold;
+mod memory;
+mod stack;
+mod strings;
+mod system;
+
+use crate::asm::{Asm, Mem, Size, at, cc, reg};
+use crate::context::Context;
+use crate::flags;
+use crate::frontend::{ARITH, Decoded, Kind, Op, Strings, access_size};
+use crate::layout::{
+    JUMP_ENTRIES, TLB_ENTRIES, gpr_slot, jumps_base, off, seg_base, seg_limit, seg_selector,
+    tlb_base,
+};
+use crate::stubs::{GUEST_RSP, I, Stubs, T};
+use iced_x86::{
+    ConditionCode, FlowControl, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register,
+};
+use x86emu::encoding::{Encoding, Field, HostMem, MAX_LEN, gpr_field};
+use x86emu::state::CodeSize;
+
+use cold::{Bounce, Cold, PendingMiss};
+
+/// Finished code and what the cache must know of it.
+#[derive(Debug)]
+pub struct Code {
+    /// The bytes.
+    pub bytes: Vec<u8>,
+    /// Offset of the entry for linked jumps.
+    pub direct: usize,
+    /// Offset of the entry for linked jumps with the FPU loaded.
+    pub direct_fpu: usize,
+    /// Host offset and guest page offset of each instruction.
+    pub map: Vec<(u32, u16)>,
+}
+
+/// Bits of the inline data word behind a call of the `memory` and `interpret` stubs.
+pub mod meta {
+    /// Page offset of the instruction: low 12 bits; its length: next 4.
+    pub const LEN_SHIFT: u32 = 12;
+    /// The block has the FPU loaded.
+    pub const FPU: u32 = 1 << 16;
+    /// The instruction always leaves the block.
+    pub const LEAVES: u32 = 1 << 18;
+    /// An access that crosses a page can use the bounce buffer.
+    pub const BOUNCE: u32 = 1 << 19;
+    /// The access is a write.
+    pub const WRITE: u32 = 1 << 17;
+    /// Size of the access in bytes.
+    pub const SIZE_SHIFT: u32 = 24;
+}
+
+/// Where the guest's arithmetic flags are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Flags {
+    Host,
+    Memory,
+}
+
+struct Tx<'a> {
+    a: Asm,
+    ctx: Context,
+    stubs: &'a Stubs,
+    block: &'a Decoded,
+    cold: Vec<Cold>,
+    flags: Flags,
+    info: InstructionInfoFactory,
+    bmi2: bool,
+    map: Vec<(u32, u16)>,
+    /// Jumps taken when an address lies beyond its segment's limit.
+    beyond: Vec<usize>,
+}
+
+/// Translates `block` to code that will execute at `base`.
+pub fn translate(block: &Decoded, ctx: Context, stubs: &Stubs, base: u64, bmi2: bool) -> Code {
+    let mut x = Tx {
+        a: Asm::new(base),
+        ctx,
+        stubs,
+        block,
+        cold: Vec::new(),
+        flags: Flags::Host,
+        info: InstructionInfoFactory::new(),
+        bmi2,
+        map: Vec::with_capacity(block.ops.len()),
+        beyond: Vec::new(),
+    };
+    // Indirect entry: T is the linear address, the flags are in memory.
+    x.a.alu_imm(Size::Q, 4, T, -4096);
+    x.a.store(Size::Q, Mem::Gs(off::PC_BASE), T);
+    if block.live_in != 0 {
+        flags::restore(&mut x.a);
+    }
+    let direct = x.a.here();
+    if block.fpu {
+        x.check_fpu();
+    }
+    let direct_fpu = x.a.here();
+    for op in &block.ops {
+        x.map.push((x.a.here() as u32, op.off));
+        x.op(op);
+    }
+    if !block.closed {
+        let live = block.ops.last().map_or(ARITH, |o| o.live_after);
+        if block.before_crossing {
+            // Both pages must be looked up: that is the jump cache's business.
+            x.save_flags(live);
+            x.load_linear(T, i64::from(block.end));
+            x.jump_t(None);
+        } else {
+            x.jump_direct(i64::from(block.end), live, false);
+        }
+    }
+    // A dead block's entries are overwritten with exits of up to 10 bytes each.
+    while x.a.here() < direct_fpu + 16 {
+        x.a.bytes(&[0xcc]);
+    }
+    x.emit_cold();
+    Code {
+        bytes: x.a.buf,
+        direct,
+        direct_fpu,
+        map: x.map,
+    }
+}
+
+/// The host register of a guest register, or `None` if it lives in memory.
+fn host(guest: u8) -> Option<u8> {
+    match guest {
+        4 => Some(GUEST_RSP),
+        0..=12 => Some(guest),
+        _ => None,
+    }
+}
+
+fn number(r: Register) -> u8 {
+    r.full_register().number() as u8
+}
+
+impl Tx<'_> {
+    fn long(&self) -> bool {
+        self.ctx.code_size() == CodeSize::Bits64
+    }
+
+    /// Loads the FPU if it is not loaded; keeps live flags.
+    fn check_fpu(&mut self) {
+        let a = &mut self.a;
+        if self.block.live_in == 0 {
+            a.cmp_mem_imm8(Size::D, Mem::Gs(off::FPU_LOADED), 0);
+            a.bytes(&[0x75, 5]); // jne over the call
+            a.call_to(self.stubs.load_fpu);
+        } else {
+            a.mov(T, reg::RCX);
+            a.load(Size::D, reg::RCX, Mem::Gs(off::FPU_LOADED));
+            let unloaded = a.jrcxz();
+            a.mov(reg::RCX, T);
+            a.bytes(&[0xeb, 8]); // jmp over
+            a.bind8(unloaded);
+            a.mov(reg::RCX, T);
+            a.call_to(self.stubs.load_fpu);
+        }
+    }
+
+    /// Puts live flags out of the way of code that clobbers EFLAGS.
+    fn save_flags(&mut self, live: u32) {
+        if self.flags == Flags::Host && live != 0 {
+            flags::save(&mut self.a);
+        }
+        if live != 0 {
+            self.flags = Flags::Memory;
+        }
+    }
+
+    /// Brings live flags into EFLAGS.
+    fn restore_flags(&mut self, live: u32, keep_scratch: bool) {
+        if self.flags == Flags::Memory && live != 0 {
+            if keep_scratch {
+                flags::restore_keeping_scratch(&mut self.a);
+            } else {
+                flags::restore(&mut self.a);
+            }
+        }
+        self.flags = Flags::Host;
+    }
+
+    fn meta(&self, op: &Op) -> u32 {
+        u32::from(op.off)
+            | (op.insn.len() as u32) << meta::LEN_SHIFT
+            | if self.block.fpu { meta::FPU } else { 0 }
+            | if op.insn.flow_control() != FlowControl::Next {
+                meta::LEAVES
+            } else {
+                0
+            }
+    }
+
+    fn op(&mut self, op: &Op) {
+        match op.kind {
+            Kind::Nop => {}
+            Kind::Native => self.native(op),
+            Kind::Lea => self.lea(op),
+            Kind::Push => self.push(op),
+            Kind::Pop => self.pop(op),
+            Kind::Leave => self.leave(op),
+            Kind::Jcc(cond, target) => self.jcc(op, cond, target),
+            Kind::Jmp(target) => {
+                self.jump_direct(target, op.live_target, target <= i64::from(op.off))
+            }
+            Kind::Call(target) => self.call_direct(op, target),
+            Kind::JmpIndirect => self.jump_indirect(op),
+            Kind::CallIndirect => self.call_indirect(op),
+            Kind::Ret(release) => self.ret(op, release),
+            Kind::Cli => self.a.store_imm(Size::B, Mem::Gs(off::RFLAGS + 1), 0),
+            Kind::Sti => self.sti(op),
+            Kind::SetAc(set) => self.set_ac(op, set),
+            Kind::Swapgs => {
+                self.a.load(Size::Q, T, Mem::Gs(seg_base(5)));
+                self.a.load(Size::Q, I, Mem::Gs(off::KERNEL_GS_BASE));
+                self.a.store(Size::Q, Mem::Gs(seg_base(5)), I);
+                self.a.store(Size::Q, Mem::Gs(off::KERNEL_GS_BASE), T);
+            }
+            Kind::MovFromSeg(n) => {
+                let from = Mem::Gs(seg_selector(n.into()));
+                self.zero_extended(op.insn.op0_register(), |x, dst| {
+                    x.a.load(Size::W, dst, from)
+                });
+            }
+            Kind::ReadBase(n) => {
+                let from = Mem::Gs(seg_base(n.into()));
+                let size = if op.insn.op0_register().is_gpr32() {
+                    Size::D
+                } else {
+                    Size::Q
+                };
+                self.zero_extended(op.insn.op0_register(), |x, dst| x.a.load(size, dst, from));
+            }
+            Kind::Strings(s) => self.strings(op, s),
+            Kind::Pushf => self.pushf(op),
+            Kind::Popf => self.popf(op),
+            Kind::Rdtsc(aux) => self.rdtsc(op, aux),
+            Kind::BitString => self.bit_string(op),
+            Kind::Interpret => self.interpret(op),
+        }
+    }
+}
