@@ -44,7 +44,14 @@ fn exit_codes_and_arguments() {
         assert_eq!((ended.code, ended.stderr.as_str()), (code, ""));
     }
     let odd = [
-        "two words", "", "'single' \"double\"", "a\nb\n", "$HOME `id` \\ *", "grüße 你好", "-n", " ",
+        "two words",
+        "",
+        "'single' \"double\"",
+        "a\nb\n",
+        "$HOME `id` \\ *",
+        "grüße 你好",
+        "-n",
+        " ",
     ];
     let expected: String = odd.iter().map(|argument| format!("[{argument}]")).collect();
     let ended = in_guest(&[], &[&["printf", "[%s]"], &odd[..]].concat());
@@ -95,7 +102,8 @@ fn signals_end_the_run() {
         return;
     }
     for (signal, code) in [(Signal::SIGTERM, 143), (Signal::SIGINT, 130)] {
-        let mut guest = Session::start(run().args(["--", "sh", "-c", "echo up; sleep 100"])).unwrap();
+        let mut guest =
+            Session::start(run().args(["--", "sh", "-c", "echo up; sleep 100"])).unwrap();
         guest.expect("up", LIMIT).unwrap();
         guest.signal(signal);
         assert_eq!(guest.end(Duration::from_secs(20)).unwrap(), Some(code));
@@ -132,7 +140,10 @@ fn what_was_synced_survives_a_kill() {
         );
         let expected: String = (1..=100_000).map(|n| format!("{n}\n")).collect();
         assert_eq!(ended.code, 0, "{name}: {}", ended.stderr);
-        assert!(ended.stdout == expected.as_bytes(), "{name}: the file is another");
+        assert!(
+            ended.stdout == expected.as_bytes(),
+            "{name}: the file is another"
+        );
     }
 }
 
@@ -167,7 +178,8 @@ fn a_disk_belongs_to_one_run() {
     disk.as_file().set_len(1 << 20).unwrap();
     let name = disk.path().to_str().unwrap();
     let mut first =
-        Session::start(run().args(["--disk", name, "--", "sh", "-c", "echo up; sleep 100"])).unwrap();
+        Session::start(run().args(["--disk", name, "--", "sh", "-c", "echo up; sleep 100"]))
+            .unwrap();
     first.expect("up", LIMIT).unwrap();
     let second = in_guest(&["--disk", name], &["true"]);
     assert_eq!(second.code, 125, "{second:?}");
@@ -206,8 +218,16 @@ fn a_published_port_leads_to_the_guest() {
         let mut answer = String::new();
         connection.read_to_string(&mut answer).unwrap();
         let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-        assert!(head.starts_with("HTTP/1.1 200") || head.starts_with("HTTP/1.0 200"), "{head}");
-        assert!(body == expected, "{} bytes of {}", body.len(), expected.len());
+        assert!(
+            head.starts_with("HTTP/1.1 200") || head.starts_with("HTTP/1.0 200"),
+            "{head}"
+        );
+        assert!(
+            body == expected,
+            "{} bytes of {}",
+            body.len(),
+            expected.len()
+        );
     }
     let second = in_guest(&["--publish", &format!("{port}:80")], &["true"]);
     assert_eq!(second.code, 125, "{second:?}");
@@ -246,7 +266,14 @@ fn a_kernel_that_panics_is_told() {
     if !guest() {
         return;
     }
-    let ended = in_guest(&[], &["sh", "-c", "echo before; sync; echo c >/proc/sysrq-trigger; sleep 50"]);
+    let ended = in_guest(
+        &[],
+        &[
+            "sh",
+            "-c",
+            "echo before; sync; echo c >/proc/sysrq-trigger; sleep 50",
+        ],
+    );
     assert_eq!((ended.code, ended.stopped), (125, false), "{ended:?}");
     assert_eq!(ended.stdout, b"before\n");
     let last = ended.stderr.lines().last().unwrap_or_default();
@@ -272,7 +299,9 @@ fn the_second_run_needs_no_network() {
     )
     .unwrap();
     let mut command = run();
-    command.env("APT_CONFIG", &config).args(["--", "echo", "offline"]);
+    command
+        .env("APT_CONFIG", &config)
+        .args(["--", "echo", "offline"]);
     let ended = end(&mut command, LIMIT);
     assert_eq!(
         (ended.code, ended.stdout.as_slice(), ended.stderr.as_str()),
@@ -287,7 +316,10 @@ fn the_second_run_needs_no_network() {
     let ended = end(&mut command, LIMIT);
     assert_eq!(ended.code, 125, "{ended:?}");
     let last = ended.stderr.lines().last().unwrap_or_default();
-    assert!(last.starts_with("anykvm: ") && last.contains("--kernel"), "{ended:?}");
+    assert!(
+        last.starts_with("anykvm: ") && last.contains("--kernel"),
+        "{ended:?}"
+    );
 }
 
 /// What is in `directory`.
@@ -309,17 +341,22 @@ fn nothing_is_left_behind() {
     }
     let temporary = tempfile::tempdir().unwrap();
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
-        let mut guest = Session::start(
-            run()
-                .env("TMPDIR", temporary.path())
-                .args(["--", "sh", "-c", "df /mnt | grep -q /dev/vda && echo up; sleep 100"]),
-        )
+        let mut guest = Session::start(run().env("TMPDIR", temporary.path()).args([
+            "--",
+            "sh",
+            "-c",
+            "df /mnt | grep -q /dev/vda && echo up; sleep 100",
+        ]))
         .unwrap();
         guest.expect("up", LIMIT).unwrap();
         let start = Instant::now();
         guest.signal(signal);
         guest.end(Duration::from_secs(20)).unwrap();
         assert!(start.elapsed() < Duration::from_secs(10));
-        assert!(leftovers(temporary.path()).is_empty(), "{signal}: {:?}", leftovers(temporary.path()));
+        assert!(
+            leftovers(temporary.path()).is_empty(),
+            "{signal}: {:?}",
+            leftovers(temporary.path())
+        );
     }
 }

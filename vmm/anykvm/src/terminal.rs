@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use nix::sys::termios::{self, SetArg, Termios};
 use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP};
 
-use crate::error::Error;
+use crate::error::{Error, reason};
 
 /// The keys, for `Ctrl-A h` and for whoever starts a machine.
 pub const KEYS: &str = "\
@@ -92,7 +92,7 @@ impl Drop for RawMode {
 /// # Errors
 /// If the signals cannot be taken over.
 pub fn on_signals(stop: impl Fn(i32) + Send + 'static) -> Result<(), Error> {
-    let failed = |e: io::Error| Error::new(format!("cannot take over signals: {e}"));
+    let failed = |e: io::Error| Error::new(format!("cannot take over signals: {}", reason(&e)));
     let mut signals =
         signal_hook::iterator::Signals::new([SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGTSTP, SIGCONT])
             .map_err(failed)?;

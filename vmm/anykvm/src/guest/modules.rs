@@ -177,10 +177,7 @@ mod tests {
         elf[0x30..0x32].copy_from_slice(&2u16.to_le_bytes());
         elf.extend_from_slice(names);
         elf.extend_from_slice(info);
-        for (name, start, size) in [
-            (0u32, 52, names.len()),
-            (1, 52 + names.len(), info.len()),
-        ] {
+        for (name, start, size) in [(0u32, 52, names.len()), (1, 52 + names.len(), info.len())] {
             let mut header = vec![0; 40];
             header[..4].copy_from_slice(&name.to_le_bytes());
             header[0x10..0x14].copy_from_slice(&(start as u32).to_le_bytes());

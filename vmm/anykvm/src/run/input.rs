@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
-use crate::error::Error;
+use crate::error::{Error, reason};
 use crate::terminal::{Input, Key, Keys, read_input};
 
 /// Pieces of input that wait for the guest; a terminal's further ones are dropped.
@@ -70,7 +70,7 @@ pub fn start(
     if input == Input::Nothing {
         return Ok(None);
     }
-    let failed = |e: io::Error| Error::new(format!("cannot read standard input: {e}"));
+    let failed = |e: io::Error| Error::new(format!("cannot read standard input: {}", reason(&e)));
     let (device, pipe) = io::pipe().map_err(failed)?;
     let (sender, receiver) = sync_channel(WAITING_PIECES);
     let thread = |name: &str| std::thread::Builder::new().name(name.into());

@@ -26,7 +26,7 @@ use vmm::virtio::disk::{DiskConfig, DiskFormat};
 
 use crate::check::{self, facts::Facts};
 use crate::cli::{Console, RunArgs};
-use crate::error::{EXIT_FAILED, Error, IoContext, one_line_of};
+use crate::error::{EXIT_FAILED, Error, IoContext, one_line_of, reason};
 use crate::guest::initramfs::{Start, Streams};
 use crate::guest::{Cache, Guest};
 use crate::progress::Progress;
@@ -229,7 +229,7 @@ impl Session {
     }
 
     fn connect_control(&mut self) -> Result<(), Error> {
-        let failed = |e: io::Error| Error::new(format!("cannot talk to the guest: {e}"));
+        let failed = |e: io::Error| Error::new(format!("cannot talk to the guest: {}", reason(&e)));
         let (from, device) = io::pipe().map_err(failed)?;
         self.reports = Some(control::start(from, Arc::clone(&self.gate)).map_err(failed)?);
         self.config.control = Some(ByteChannel::output_only(device.into()));
@@ -338,7 +338,7 @@ impl Session {
         };
         // The devices' ends of the pipes go with the configuration; then the rest is written.
         drop(self.config);
-        self.outputs.drain(..).for_each(Output::finish);
+        let lost = self.outputs.drain(..).filter_map(Output::finish).last();
         drop(self.raw_mode.take());
         let reports = self
             .reports
@@ -353,7 +353,12 @@ impl Session {
             Outcome::Reset if end.asked.load(Ordering::SeqCst) => Outcome::Stopped,
             other => other,
         };
-        exit_code(&outcome, reports.as_ref(), self.command)
+        let code = exit_code(&outcome, reports.as_ref(), self.command)?;
+        match lost {
+            // A success without its output is none.
+            Some(error) if code == 0 => Err(error),
+            _ => Ok(code),
+        }
     }
 }
 

@@ -4,11 +4,11 @@ use std::io::{self, PipeReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::thread::JoinHandle;
 
-use crate::error::Error;
+use crate::error::{Error, reason};
 
 /// Moves what the guest writes to one of the process's streams.
 #[derive(Debug)]
-pub struct Output(JoinHandle<()>);
+pub struct Output(JoinHandle<Option<Error>>);
 
 impl Output {
     /// Starts moving. Returns the descriptor that the guest's device writes to. `on_gone` is called
@@ -20,41 +20,56 @@ impl Output {
         to: impl Write + Send + 'static,
         on_gone: impl FnOnce() + Send + 'static,
     ) -> Result<(OwnedFd, Self), Error> {
-        let failed = |e: io::Error| Error::new(format!("cannot pass the guest's output on: {e}"));
+        let failed =
+            |e: io::Error| Error::new(format!("cannot pass the guest's output on: {}", reason(&e)));
         let (from, device) = io::pipe().map_err(failed)?;
         let thread = std::thread::Builder::new()
             .name("output".into())
             .spawn(move || {
-                if copy(from, to).is_err() {
+                let (mut lost, mut gone) = (None, false);
+                copy(from, to, &mut lost, &mut gone);
+                if gone {
                     on_gone();
                 }
+                lost
             })
             .map_err(failed)?;
         Ok((device.into(), Self(thread)))
     }
 
-    /// Waits until all is written. The device's end must be closed, or this does not return.
-    pub fn finish(self) {
-        let _ = self.0.join();
+    /// Waits until all is written. The device's end must be closed, or this does not return. Returns
+    /// why some of it could not be written.
+    pub fn finish(self) -> Option<Error> {
+        self.0.join().unwrap_or_default()
     }
 }
 
-/// `Err` only if the reader is gone. Flushes after each piece: a prompt has no line end.
-fn copy(mut from: PipeReader, mut to: impl Write) -> Result<(), ()> {
+/// Returns when either end is closed: `gone` if it is the reader's. What cannot be written is dropped,
+/// so that the guest does not wait for it; `lost` is the first reason. Flushes after each piece: a prompt
+/// has no line end.
+fn copy(mut from: PipeReader, mut to: impl Write, lost: &mut Option<Error>, gone: &mut bool) {
     let mut buffer = [0; 1 << 16];
     loop {
         match from.read(&mut buffer) {
-            Ok(0) => return Ok(()),
+            Ok(0) => return,
             Ok(length) => {
                 let written = to.write_all(&buffer[..length]).and_then(|()| to.flush());
                 match written {
-                    Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return Err(()),
-                    Err(e) => log::error!("cannot write the guest's output: {e}"),
-                    Ok(()) => {}
+                    Err(e) if e.kind() == io::ErrorKind::BrokenPipe => {
+                        *gone = true;
+                        return;
+                    }
+                    Err(e) if lost.is_none() => {
+                        *lost = Some(Error::new(format!(
+                            "cannot write the guest's output: {}",
+                            reason(&e)
+                        )));
+                    }
+                    Err(_) | Ok(()) => {}
                 }
             }
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(_) => return Ok(()),
+            Err(_) => return,
         }
     }
 }
@@ -70,7 +85,7 @@ mod tests {
         let (mut read_back, to) = io::pipe().unwrap();
         let (device, output) = Output::start(to, || {}).unwrap();
         File::from(device).write_all(&[7; 5000]).unwrap();
-        output.finish();
+        assert_eq!(output.finish(), None);
         let mut bytes = Vec::new();
         read_back.read_to_end(&mut bytes).unwrap();
         assert_eq!(bytes, [7; 5000]);
@@ -84,6 +99,17 @@ mod tests {
         let (device, output) = Output::start(to, move || gone.send(()).unwrap()).unwrap();
         File::from(device).write_all(b"x").unwrap();
         told.recv().unwrap();
-        output.finish();
+        assert_eq!(output.finish(), None);
+    }
+    #[test]
+    fn output_that_finds_no_room_is_told() {
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let (device, output) = Output::start(full, || {}).unwrap();
+        File::from(device).write_all(b"x").unwrap();
+        let lost = output.finish().unwrap().to_string();
+        assert_eq!(
+            lost,
+            "cannot write the guest's output: no space left on device"
+        );
     }
 }

@@ -1,5 +1,7 @@
 //! What the user asked for, checked before anything is started or downloaded.
 
+use std::os::unix::fs::FileTypeExt;
+
 use vmm::virtio::disk::DiskConfig;
 
 use crate::check::facts::Facts;
@@ -34,6 +36,7 @@ pub fn check(args: &RunArgs, facts: &Facts) -> Result<Plan, Error> {
         let file = std::fs::File::open(path).and_then(|file| file.metadata());
         let problem = match file {
             Ok(status) if status.is_dir() => "it is a directory".to_owned(),
+            Ok(status) if status.file_type().is_char_device() => "it is a device".to_owned(),
             Ok(_) => continue,
             Err(e) => reason(&e),
         };
@@ -134,6 +137,7 @@ mod tests {
             (&["--memory", "64M"], "at least 128M"),
             (&["--kernel", "/nonexistent"], "no such file"),
             (&["--kernel", "/"], "directory"),
+            (&["--kernel", "/dev/zero"], "a device"),
             (&["--disk", "/nonexistent"], "does not exist"),
             (&["--net", "none", "--publish", "1:2"], "--publish needs"),
             (&["--publish", "1:2", "--publish", "1:3"], "twice"),

@@ -10,6 +10,7 @@ mod pvh;
 mod registers;
 mod zero_page;
 
+use std::io::Read;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -54,11 +55,19 @@ impl Blob {
                     name: self.name(),
                     source,
                 };
-                let len = std::fs::metadata(path).map_err(fail)?.len();
-                if len > MAX_IMAGE {
+                // The size that the file system tells may be 0 (a pipe), or not hold any more.
+                let mut bytes = Vec::new();
+                let file = std::fs::File::open(path).map_err(fail)?;
+                let length = file.metadata().map_err(fail)?.len();
+                if length <= MAX_IMAGE {
+                    file.take(MAX_IMAGE + 1)
+                        .read_to_end(&mut bytes)
+                        .map_err(fail)?;
+                }
+                if length.max(bytes.len() as u64) > MAX_IMAGE {
                     return Err(Error::TooBig { name: self.name() });
                 }
-                std::fs::read(path).map(Arc::from).map_err(fail)
+                Ok(bytes.into())
             }
         }
     }
