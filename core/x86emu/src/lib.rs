@@ -14,6 +14,9 @@
 extern crate alloc;
 #[cfg(test)]
 extern crate std;
+// Test files shared with the home name this crate from outside.
+#[cfg(test)]
+extern crate self as x86emu;
 
 pub mod bits;
 pub mod control;

@@ -1,4 +1,5 @@
-//! Single guest instructions on the host CPU, from a process: the home's [`HostCpu`].
+//! Single guest instructions on the host CPU, from a process: the home's [`HostCpu`], and that of the
+//! interpreter's tests, which include this file; it must therefore not use the rest of this crate.
 //!
 //! Each instruction gets a stub in executable memory that loads the registers, executes it and stores
 //! them again; stubs are found by the instruction's bytes, so a program's few distinct encodings are
@@ -11,12 +12,12 @@
     reason = "generates and calls machine code and handles its signals"
 )]
 
-use crate::events::last_errno;
-use crate::host::host_xcr0;
-use kvm_abi::Errno;
+use std::boxed::Box;
+use std::io;
 use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::vec;
 use x86emu::env::{HostCpu, NativeRegs};
 use x86emu::state::XsaveArea;
 
@@ -34,6 +35,8 @@ const MARK: u32 = 0x80;
 const X87: u64 = 1;
 const SSE: u64 = 2;
 const AVX: u64 = 4;
+/// x87, SSE, AVX, AVX-512.
+const SERVED: u64 = 0xe7;
 
 #[derive(Clone, Copy)]
 struct Slot {
@@ -264,8 +267,8 @@ impl Native {
     /// Maps the code memory and installs the signal handlers.
     ///
     /// # Errors
-    /// What the system calls say; ENOSPC when the process has too many already.
-    pub fn new() -> Result<Self, Errno> {
+    /// What the system calls say; `StorageFull` when the process has too many already.
+    pub fn new() -> io::Result<Self> {
         install();
         let (write, exec) = map_code()?;
         let region = REGIONS.iter().position(|r| {
@@ -277,10 +280,10 @@ impl Native {
             exec,
             used: 0,
             slots: vec![Slot { key: 0, offset: 0 }; SLOTS].into_boxed_slice(),
-            mask: host_xcr0() & 0xe7,
+            mask: host_xcr0() & SERVED,
             region: region.unwrap_or(MAX_REGIONS),
         };
-        region.ok_or(Errno::ENOSPC)?;
+        region.ok_or(io::ErrorKind::StorageFull)?;
         Ok(native)
     }
 
@@ -318,21 +321,40 @@ impl Native {
     }
 }
 
+/// The host's XCR0; without XSAVE, what FXSAVE knows.
+fn host_xcr0() -> u64 {
+    if !std::arch::is_x86_feature_detected!("xsave") {
+        return X87 | SSE;
+    }
+    let (low, high): (u32, u32);
+    // SAFETY: the operating system has enabled XSAVE, and XGETBV with ECX = 0 only reads.
+    unsafe {
+        core::arch::asm!(
+            "xgetbv",
+            in("ecx") 0,
+            out("eax") low,
+            out("edx") high,
+            options(nomem, nostack, preserves_flags)
+        );
+    }
+    u64::from(high) << 32 | u64::from(low)
+}
+
 /// Maps [`REGION`] bytes twice, writable and executable.
-fn map_code() -> Result<(*mut u8, *const u8), Errno> {
+fn map_code() -> io::Result<(*mut u8, *const u8)> {
     // SAFETY: plain system calls on a descriptor made here; the results are checked.
     unsafe {
         let fd = libc::memfd_create(c"anykvm-native".as_ptr(), libc::MFD_CLOEXEC);
         if fd < 0 {
-            return Err(last_errno());
+            return Err(io::Error::last_os_error());
         }
         let map = |prot| libc::mmap(core::ptr::null_mut(), REGION, prot, libc::MAP_SHARED, fd, 0);
-        let mut result = Err(Errno::ENOMEM);
+        let result;
         if libc::ftruncate(fd, REGION as libc::off_t) == 0 {
             let write = map(libc::PROT_READ | libc::PROT_WRITE);
             let exec = map(libc::PROT_READ | libc::PROT_EXEC);
             if write == libc::MAP_FAILED || exec == libc::MAP_FAILED {
-                result = Err(last_errno());
+                result = Err(io::Error::last_os_error());
                 for mapping in [write, exec] {
                     if mapping != libc::MAP_FAILED {
                         libc::munmap(mapping, REGION);
@@ -341,6 +363,8 @@ fn map_code() -> Result<(*mut u8, *const u8), Errno> {
             } else {
                 result = Ok((write.cast::<u8>(), exec.cast::<u8>().cast_const()));
             }
+        } else {
+            result = Err(io::Error::last_os_error());
         }
         libc::close(fd);
         result

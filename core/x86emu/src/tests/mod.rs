@@ -7,6 +7,7 @@ mod event;
 mod fake;
 mod hostile;
 mod machine;
+#[path = "../../../../homes/home_user/src/native.rs"]
 mod native;
 mod native_ops;
 mod paging;

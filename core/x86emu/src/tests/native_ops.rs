@@ -77,7 +77,7 @@ impl Bench {
         Bench {
             env,
             start,
-            oracle: Native::new(),
+            oracle: Native::new().unwrap(),
             host: Box::new(Host([0; 8192])),
             random: Random(seed),
         }

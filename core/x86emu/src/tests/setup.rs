@@ -11,7 +11,7 @@ pub const RAM: usize = 4 << 20;
 /// RAM and the host CPU.
 pub fn machine() -> Fake {
     let mut env = Fake::new(RAM);
-    env.native = Some(Box::new(Native::new()));
+    env.native = Some(Box::new(Native::new().unwrap()));
     env
 }
 

@@ -147,7 +147,7 @@ fn gathers_and_scatters() {
         return;
     }
     let mut random = Random(21);
-    let mut oracle = Native::new();
+    let mut oracle = Native::new().unwrap();
     let mut host = std::boxed::Box::new(Host([0; 8192]));
     let (mut env, fresh_cpu) = setup();
     let mut tried = 0;
@@ -274,7 +274,7 @@ fn gathers_and_scatters() {
 #[test]
 fn save_and_restore_agree_with_the_host() {
     let mut random = Random(33);
-    let mut oracle = Native::new();
+    let mut oracle = Native::new().unwrap();
     let mut host = std::boxed::Box::new(Host([0; 8192]));
     let leaf = core::arch::x86_64::__cpuid_count(0xd, 1).eax;
     // FXSAVE64, XSAVE64, XSAVEOPT64, XSAVEC64 and their restores, all on [rbx].
