@@ -1,6 +1,7 @@
 //! Decoding: which instructions make a block, what kind each is, and which flags are live.
 
 use crate::context::{Context, Fpu};
+use crate::liveness;
 use iced_x86::{
     Code, ConditionCode, Decoder, DecoderError, DecoderOptions, EncodingKind, FlowControl,
     Instruction, Mnemonic, OpKind, Register, RflagsBits,
@@ -131,7 +132,8 @@ pub struct Decoded {
     pub fpu: bool,
 }
 
-fn bits(ctx: Context) -> u32 {
+/// iced's bitness.
+pub fn bits(ctx: Context) -> u32 {
     match ctx.code_size() {
         CodeSize::Bits16 => 16,
         CodeSize::Bits32 => 32,
@@ -200,7 +202,7 @@ pub fn decode(page: &[u8], start: usize, ctx: Context) -> Option<Decoded> {
         last.kind = Kind::Interpret;
     }
     let mut lines = crate::cache::lines_of(start, end.clamp(start + 1, 4096) - start);
-    let live_in = liveness(&mut ops, page, ctx, end, closed, &mut lines);
+    let live_in = liveness::backwards(&mut ops, page, ctx, end, closed, &mut lines);
     let fpu = ops.iter().any(|o| o.fpu && o.kind == Kind::Native);
     Some(Decoded {
         ops,
@@ -267,7 +269,8 @@ fn may_leave_flags(insn: &Instruction) -> bool {
     }
 }
 
-fn op_of(insn: &Instruction, bytes: &[u8], off: u16, ctx: Context) -> Op {
+/// Classifies an instruction and looks up its flags.
+pub fn op_of(insn: &Instruction, bytes: &[u8], off: u16, ctx: Context) -> Op {
     let (kind, enc, fpu) = classify(insn, bytes, ctx);
     op(*insn, off, enc, kind, fpu)
 }
@@ -759,76 +762,4 @@ pub fn access_size(insn: &Instruction) -> usize {
     } else {
         size.size()
     }
-}
-
-/// Computes liveness backwards; returns what is live on entry.
-fn liveness(
-    ops: &mut [Op],
-    page: &[u8],
-    ctx: Context,
-    end: usize,
-    closed: bool,
-    lines: &mut u64,
-) -> u32 {
-    let mut live = if closed || end >= 4096 {
-        ARITH
-    } else {
-        peek(page, end as i64, ctx, lines)
-    };
-    for o in ops.iter_mut().rev() {
-        match o.kind {
-            Kind::Jcc(_, target) => {
-                o.live_target = peek(page, target, ctx, lines);
-                o.live_after = live;
-                live |= o.live_target | o.reads;
-            }
-            Kind::SetAc(_) => {
-                o.live_target = peek(page, i64::from(o.off) + o.insn.len() as i64, ctx, lines);
-                o.live_after = o.live_target;
-                live = o.live_target;
-            }
-            Kind::Jmp(target) | Kind::Call(target) => {
-                o.live_target = peek(page, target, ctx, lines);
-                o.live_after = o.live_target;
-                live = o.live_target;
-            }
-            _ => {
-                o.live_after = live;
-                live = live & !o.kills | o.reads;
-            }
-        }
-        o.live_before = live;
-    }
-    live
-}
-
-/// Flags live at offset `at` of the page, by a short look ahead; all of them outside the page.
-fn peek(page: &[u8], at: i64, ctx: Context, lines: &mut u64) -> u32 {
-    let Ok(mut at) = usize::try_from(at) else {
-        return ARITH;
-    };
-    if at >= 4096 {
-        return ARITH;
-    }
-    let mut undecided = ARITH;
-    let mut live = 0;
-    let mut decoder = Decoder::with_ip(bits(ctx), &page[at..], at as u64, DecoderOptions::NONE);
-    for _ in 0..8 {
-        let insn = decoder.decode();
-        if insn.is_invalid() {
-            break;
-        }
-        let o = op_of(&insn, &page[at..at + insn.len()], at as u16, ctx);
-        live |= o.reads & undecided;
-        let stop = insn.flow_control() != FlowControl::Next;
-        if !stop {
-            undecided &= !o.kills;
-        }
-        *lines |= crate::cache::lines_of(at, insn.len());
-        at += insn.len();
-        if stop || undecided == 0 || at >= 4096 {
-            break;
-        }
-    }
-    live | undecided
 }

@@ -17,13 +17,15 @@ mod frontend;
 #[doc(hidden)]
 pub mod fuzz;
 mod layout;
+mod liveness;
 mod run;
 mod signal;
+mod stats;
 mod stubs;
 mod tlb;
 mod translate;
 mod vcpu;
 mod world;
 
-pub use run::Stats;
+pub use stats::Stats;
 pub use vcpu::{JitEngine, JitVcpu};

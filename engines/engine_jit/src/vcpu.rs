@@ -4,7 +4,8 @@
     reason = "hands out references into vCPU memory that emitted code shares"
 )]
 
-use crate::run::{HELPERS, Runner, Stats};
+use crate::run::{HELPERS, Runner};
+use crate::stats::Stats;
 use crate::world::{VcpuBox, World};
 use kvm_core::engine::{Engine, EngineError, EngineVcpu, Kick};
 use std::sync::Arc;

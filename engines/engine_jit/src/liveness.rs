@@ -1,0 +1,77 @@
+//! Which arithmetic flags are live where: only those must survive a TLB probe.
+
+use crate::context::Context;
+use crate::frontend::{ARITH, Kind, Op, bits, op_of};
+use iced_x86::{Decoder, DecoderOptions, FlowControl};
+
+/// Computes liveness backwards; returns what is live on entry.
+pub fn backwards(
+    ops: &mut [Op],
+    page: &[u8],
+    ctx: Context,
+    end: usize,
+    closed: bool,
+    lines: &mut u64,
+) -> u32 {
+    let mut live = if closed || end >= 4096 {
+        ARITH
+    } else {
+        peek(page, end as i64, ctx, lines)
+    };
+    for o in ops.iter_mut().rev() {
+        match o.kind {
+            Kind::Jcc(_, target) => {
+                o.live_target = peek(page, target, ctx, lines);
+                o.live_after = live;
+                live |= o.live_target | o.reads;
+            }
+            Kind::SetAc(_) => {
+                o.live_target = peek(page, i64::from(o.off) + o.insn.len() as i64, ctx, lines);
+                o.live_after = o.live_target;
+                live = o.live_target;
+            }
+            Kind::Jmp(target) | Kind::Call(target) => {
+                o.live_target = peek(page, target, ctx, lines);
+                o.live_after = o.live_target;
+                live = o.live_target;
+            }
+            _ => {
+                o.live_after = live;
+                live = live & !o.kills | o.reads;
+            }
+        }
+        o.live_before = live;
+    }
+    live
+}
+
+/// Flags live at offset `at` of the page, by a short look ahead; all of them outside the page.
+fn peek(page: &[u8], at: i64, ctx: Context, lines: &mut u64) -> u32 {
+    let Ok(mut at) = usize::try_from(at) else {
+        return ARITH;
+    };
+    if at >= 4096 {
+        return ARITH;
+    }
+    let mut undecided = ARITH;
+    let mut live = 0;
+    let mut decoder = Decoder::with_ip(bits(ctx), &page[at..], at as u64, DecoderOptions::NONE);
+    for _ in 0..8 {
+        let insn = decoder.decode();
+        if insn.is_invalid() {
+            break;
+        }
+        let o = op_of(&insn, &page[at..at + insn.len()], at as u16, ctx);
+        live |= o.reads & undecided;
+        let stop = insn.flow_control() != FlowControl::Next;
+        if !stop {
+            undecided &= !o.kills;
+        }
+        *lines |= crate::cache::lines_of(at, insn.len());
+        at += insn.len();
+        if stop || undecided == 0 || at >= 4096 {
+            break;
+        }
+    }
+    live | undecided
+}
