@@ -163,14 +163,18 @@ impl Cache {
         p.blocks.push(block);
     }
 
-    /// Lines whose bytes differ from what was translated.
-    pub fn stale_lines(&self, gfn: u64, now: &[u8; 4096]) -> u64 {
+    /// Lines whose bytes, as `read` copies them by number, differ from what was translated.
+    pub fn stale_lines(&self, gfn: u64, mut read: impl FnMut(usize, &mut [u8; 64])) -> u64 {
         let Some(p) = self.pages.get(&gfn) else {
             return 0;
         };
-        let mut stale = 0;
-        for line in 0..64 {
-            if p.lines & (1 << line) != 0 && p.bytes[line * 64..][..64] != now[line * 64..][..64] {
+        let (mut stale, mut left) = (0, p.lines);
+        let mut now = [0; 64];
+        while left != 0 {
+            let line = left.trailing_zeros() as usize;
+            left &= left - 1;
+            read(line, &mut now);
+            if p.bytes[line * 64..][..64] != now {
                 stale |= 1 << line;
             }
         }

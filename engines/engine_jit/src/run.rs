@@ -369,9 +369,16 @@ impl<'a> Runner<'a> {
         }
         if flags.load(Ordering::Acquire) & PAGE_CODE != 0 {
             // A device or user space may have replaced the code without a write that was seen.
-            let now = self.read_page(gfn).ok_or(())?;
+            let page = self.env.host_ptr(gfn << 12, 4096, false).ok_or(())?;
             let stale = match self.world.cache(self.me) {
-                Some(cache) => cache.stale_lines(gfn, &now),
+                Some(cache) => cache.stale_lines(gfn, |line, now| {
+                    // SAFETY: `host_ptr` vouches for the page, of which this is one of 64 lines. Other
+                    // vCPUs may write it; a torn line is stale or found at the next look.
+                    unsafe {
+                        now.as_mut_ptr()
+                            .copy_from_nonoverlapping(page.add(line * 64), now.len());
+                    }
+                }),
                 None => return self.leave(),
             };
             if stale != 0 && !self.kill(gfn, stale) {
