@@ -385,6 +385,15 @@ fn check_qcow2_header(file: &File) -> io::Result<()> {
     if refcount_clusters > 1 << 16 || !within(u64_at(48), refcount_clusters * cluster) {
         return bad("its refcount table is not in the file");
     }
+    // The header has a refcount in every image. Where it has none, imago would put the refcount
+    // block onto the header, not see it there, and look for a place for ever.
+    let mut first = [0u8; 8];
+    if refcount_clusters > 0 {
+        file.read_exact_at(&mut first, u64_at(48))?;
+    }
+    if u64::from_be_bytes(first) & !0x1ff == 0 {
+        return bad("its refcount table does not count the header");
+    }
     Ok(())
 }
 

@@ -153,6 +153,17 @@ fn what_is_no_disk_is_refused_in_one_line() {
 }
 
 #[test]
+fn a_qcow2_image_that_counts_no_header_is_refused() {
+    let scratch = Scratch::qcow2("uncounted.img", 4 << 20);
+    let mut image = std::fs::read(&scratch.0).unwrap();
+    let table = u64::from_be_bytes(image[48..56].try_into().unwrap()) as usize;
+    image[table..table + 8].fill(0);
+    std::fs::write(&scratch.0, &image).unwrap();
+    let error = DiskImage::open(&scratch.config()).err().unwrap();
+    assert!(error.to_string().contains("refcount table"), "{error}");
+}
+
+#[test]
 fn damage_to_a_qcow2_image_is_an_error_at_most() {
     let scratch = Scratch::qcow2("damaged.img", 4 << 20);
     let good = std::fs::read(&scratch.0).unwrap();
