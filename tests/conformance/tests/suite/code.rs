@@ -399,7 +399,7 @@ fn another_vcpu_patches_a_loop_with_int3() {
     // bytes, everybody, the first byte.
     each_but_kvm(PVM_CODE, |engine| {
         let m = Machine::new(engine);
-        let rounds = engine.rounds(400);
+        let rounds = engine.rounds(100);
         let (flag, stop, hits, seen) = (DATA, DATA + 64, DATA + 128, DATA + 192);
         let patched = SECOND + 0x800;
         // Either `add edi, 1` or `add edi, 2`, six bytes both; then count and return.
@@ -476,7 +476,7 @@ fn another_vcpu_writes_functions_that_this_one_calls() {
     // A mailbox: written by one, called by the other after a serializing instruction.
     each(|engine| {
         let m = Machine::new(engine);
-        let rounds = engine.rounds(1000);
+        let rounds = engine.rounds(200);
         let turn = DATA;
         let code = DATA + 0x1000;
         m.memory.write(code, &function(0));
