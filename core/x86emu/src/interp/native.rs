@@ -6,6 +6,7 @@
 //! LOCKed access that crosses a page or touches a device is therefore not atomic towards other
 //! vCPUs as a whole.
 
+use core::sync::atomic::{AtomicBool, Ordering};
 use super::address::{effective_address, gpr_name};
 use super::traits::Traits;
 use super::{Flow, Step, masked, traits, vector};
@@ -328,6 +329,7 @@ impl<E: Env + ?Sized> Step<'_, E> {
     ) -> Result<Flow, Stop> {
         let mut buffer = Bounce([0; MAX_OPERAND + 64]);
         let locked = self.locked();
+        let _turn = (locked && traits.writes()).then(SplitLock::take);
         if self.insn.mnemonic() == Mnemonic::Cmpxchg16b && address & 15 != 0 {
             return Err(Stop::gp(0));
         }
@@ -515,5 +517,27 @@ impl<E: Env + ?Sized> Step<'_, E> {
         self.cpu.xsave = *area;
         self.commit(native, traits);
         Ok(Flow::Next)
+    }
+}
+
+static SPLIT: AtomicBool = AtomicBool::new(false);
+
+/// The right to execute a locked access that cannot be one on the host (across pages, or across cache
+/// lines where the host refuses that): such accesses are atomic to each other. Nothing waits while it
+/// holds this.
+struct SplitLock;
+
+impl SplitLock {
+    fn take() -> Self {
+        while SPLIT.swap(true, Ordering::Acquire) {
+            core::hint::spin_loop();
+        }
+        SplitLock
+    }
+}
+
+impl Drop for SplitLock {
+    fn drop(&mut self) {
+        SPLIT.store(false, Ordering::Release);
     }
 }
