@@ -3,10 +3,9 @@
 //!
 //! An operand in RAM that does not cross a page is accessed in place, so that LOCK and wide accesses
 //! keep their atomicity. Anything else goes through a bounce buffer: read, execute, write back. A
-//! LOCKed access that crosses a page or touches a device is therefore not atomic towards other
-//! vCPUs as a whole.
+//! LOCKed access that crosses a page or touches a device is therefore atomic towards others of its kind
+//! only.
 
-use core::sync::atomic::{AtomicBool, Ordering};
 use super::address::{effective_address, gpr_name};
 use super::traits::Traits;
 use super::{Flow, Step, masked, traits, vector};
@@ -17,6 +16,7 @@ use crate::mem;
 use crate::paging::Access;
 use crate::state::{XsaveArea, gpr};
 use alloc::boxed::Box;
+use core::sync::atomic::{AtomicBool, Ordering};
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 const CR4_OSXMMEXCPT: u64 = 1 << 10;
