@@ -405,3 +405,20 @@ impl Vcpu {
             .is_some_and(|e| [e.eax, e.ebx, e.ecx, e.edx][register] >> bit & 1 != 0)
     }
 }
+
+impl Vcpu {
+    /// KVM_SET_MSRS
+    pub fn set_msrs(&self, list: &[(u32, u64)]) {
+        let entries: Vec<_> = list
+            .iter()
+            .map(|&(index, data)| kvm_msr_entry {
+                index,
+                data,
+                ..Default::default()
+            })
+            .collect();
+        let msrs = Msrs::from_entries(&entries).expect("few entries");
+        let n = both!(&self.inner, Inner, v => v.set_msrs(&msrs), "KVM_SET_MSRS");
+        assert_eq!(n, list.len(), "an MSR was refused");
+    }
+}

@@ -2,5 +2,6 @@
 #![recursion_limit = "512"]
 
 mod code;
+mod exceptions;
 mod paging;
 mod smp;
