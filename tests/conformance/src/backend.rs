@@ -5,9 +5,9 @@ use crate::memory::Memory;
 use crate::watchdog::{Kick, this_thread};
 use home_user::EngineKind;
 use kvm_bindings::*;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 /// What executes guest code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -15,7 +15,8 @@ fn vectors_and_error_codes() {
         m.set_gate(3, STUBS + 16 * 3, 3, 0);
         // A descriptor that is not present, and a gate that is not.
         m.set_descriptor(FREE, descriptor(0, 0xfffff, 0x13, 0xc));
-        m.memory.set_u64(IDT + 16 * 0x90, gate(CODE, STUBS, 0x0e, 0));
+        m.memory
+            .set_u64(IDT + 16 * 0x90, gate(CODE, STUBS, 0x0e, 0));
         m.load(ENTRY, 64, |a| {
             attempt(a, |a| asm!(a; xor(edx, edx); xor(ecx, ecx); div(ecx); ));
             attempt(a, |a| asm!(a; mov(eax, i32::MIN as u32); mov(edx, -1); mov(ecx, -1); idiv(ecx); ));
@@ -143,7 +144,11 @@ fn in_user_mode() {
         // What comes first of #AC and #PF differs between processors: AMD and Intel check alignment
         // by linear address before the walk.
         assert_eq!(got, want);
-        assert!(m.faults().iter().all(|f| f.ss == u64::from(USER_DATA) && f.cs == u64::from(USER_CODE)));
+        assert!(
+            m.faults()
+                .iter()
+                .all(|f| f.ss == u64::from(USER_DATA) && f.cs == u64::from(USER_CODE))
+        );
     });
 }
 
@@ -163,7 +168,12 @@ fn double_and_triple_faults() {
         m.finish(&mut v);
         assert_eq!(m.vectors(), [(8, 0)]);
         let fault = m.faults()[0];
-        assert_eq!((fault.rsp, fault.cr2), (STACK, 0x5000_0000 - 8));
+        assert_eq!(fault.rsp, STACK);
+        // Which word of the frame faults first is the processor's affair.
+        assert!(
+            (0x5000_0000 - 48..0x5000_0000).contains(&fault.cr2),
+            "{fault:x?}"
+        );
         drop(v);
 
         // #GP (no gate) for #DE: double fault. #GP for a benign #BP: a plain #GP.
@@ -180,7 +190,13 @@ fn double_and_triple_faults() {
         m.finish(&mut v);
         let got = m.vectors();
         assert_eq!(got[0], (8, 0));
-        assert_eq!(got[1..].iter().map(|f| f.0 == 13 || f.0 == 11).collect::<Vec<_>>(), [true; 2]);
+        assert_eq!(
+            got[1..]
+                .iter()
+                .map(|f| f.0 == 13 || f.0 == 11)
+                .collect::<Vec<_>>(),
+            [true; 2]
+        );
         drop(v);
 
         // And without a way to deliver the double fault, shutdown.
@@ -245,15 +261,31 @@ fn single_step() {
         });
         m.set_gate(1, 0x1_8000, 0, 0);
         let mut v = m.long(0, ENTRY);
-        v.set_msrs(&[(0xc000_0081, 0x0023_0008_0000_0000), (0xc000_0082, SECOND), (0xc000_0084, 0x4_7700)]);
+        v.set_msrs(&[
+            (0xc000_0081, 0x0023_0008_0000_0000),
+            (0xc000_0082, SECOND),
+            (0xc000_0084, 0x4_7700),
+        ]);
         assert_eq!(m.finish(&mut v), [2]);
         let n = m.memory.u64(DATA + 0x800);
         let at: Vec<u64> = (0..n).map(|i| m.memory.u64(DATA + 0x808 + 8 * i)).collect();
         // Find the instructions by their bytes.
         let code = m.memory.read(ENTRY, 0x80);
-        let rep = ENTRY + code.windows(2).position(|w| w == [0xf3, 0xa4]).expect("rep movsb") as u64;
-        let mov_ss = ENTRY + code.windows(2).position(|w| w == [0x8e, 0xd0]).expect("mov ss") as u64;
-        let cpuid = ENTRY + code.windows(2).position(|w| w == [0x0f, 0xa2]).expect("cpuid") as u64;
+        let rep = ENTRY
+            + code
+                .windows(2)
+                .position(|w| w == [0xf3, 0xa4])
+                .expect("rep movsb") as u64;
+        let mov_ss = ENTRY
+            + code
+                .windows(2)
+                .position(|w| w == [0x8e, 0xd0])
+                .expect("mov ss") as u64;
+        let cpuid = ENTRY
+            + code
+                .windows(2)
+                .position(|w| w == [0x0f, 0xa2])
+                .expect("cpuid") as u64;
         let want = [rep, rep, rep, rep + 2, mov_ss, mov_ss + 3, cpuid, cpuid + 2];
         assert_eq!(at, want, "{at:x?} {want:x?}");
         assert_ne!(m.memory.u64(DATA + 0x700) & 0x4000, 0, "DR6.BS");
@@ -280,7 +312,14 @@ fn breakpoints() {
                 mov(eax, (1 << 1 | 1 << 3 | 1 << 5 | 0x400 | 0b1101 << 20 | 0b1011 << 24));
                 mov(dr7, rax);
             );
-            for write in [DATA + 3, DATA + 7, DATA + 8, DATA + 16, DATA + 23, DATA + 24] {
+            for write in [
+                DATA + 3,
+                DATA + 7,
+                DATA + 8,
+                DATA + 16,
+                DATA + 23,
+                DATA + 24,
+            ] {
                 asm!(a; mov(byte_ptr(write), 1););
             }
             for read in [DATA + 4, DATA + 20] {
@@ -357,7 +396,10 @@ fn interrupt_stack_tables_and_nesting() {
         m.load(ENTRY, 64, |a| {
             asm!(a; mov(rsp, STACK - 0x13);); // Misaligned: the frame is aligned.
             attempt(a, |a| asm!(a; ud2(); ));
-            attempt(a, |a| asm!(a; mov(rax, 0x8000_0000_0000_0000u64); mov(rax, qword_ptr(rax)); ));
+            attempt(
+                a,
+                |a| asm!(a; mov(rax, 0x8000_0000_0000_0000u64); mov(rax, qword_ptr(rax)); ),
+            );
             attempt(a, |a| asm!(a; int3(); ));
             asm!(a; mov(rax, rsp););
             report(a);

@@ -3,5 +3,8 @@
 
 mod code;
 mod exceptions;
+mod interrupts;
+mod memslots;
+mod modes;
 mod paging;
 mod smp;

@@ -108,7 +108,11 @@ fn peterson_and_xchg_locks() {
                 );
                 end(a);
             });
-            assert_eq!(m.memory.u64(counter), 2 * u64::from(rounds), "fence {fence}");
+            assert_eq!(
+                m.memory.u64(counter),
+                2 * u64::from(rounds),
+                "fence {fence}"
+            );
         }
     });
 }
