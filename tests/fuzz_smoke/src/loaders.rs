@@ -92,7 +92,7 @@ fn disk(input: &mut Input<'_>) {
     assert!(image.size() > 0 && image.size() % 512 == 0);
     let mut buffer = vec![0u8; 4096];
     let last = image.size() - 512;
-    for offset in [0, 512, last, last / 2 & !511, u64::MAX - 100] {
+    for offset in [0, 512, last, (last / 2) & !511, u64::MAX - 100] {
         for len in [512, 4096] {
             let slices = [VolatileSlice::from(&mut buffer[..len])];
             let _ = image.read_at(&slices, offset);
