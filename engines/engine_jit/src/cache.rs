@@ -69,8 +69,6 @@ struct CodePage {
     /// The bytes as they were translated.
     bytes: Box<[u8; 4096]>,
     blocks: Vec<u32>,
-    /// How often a write has killed blocks here.
-    kills: u32,
 }
 
 /// All translations of a virtual machine.
@@ -152,7 +150,6 @@ impl Cache {
             lines: 0,
             bytes: Box::new([0; 4096]),
             blocks: Vec::new(),
-            kills: 0,
         });
         for line in (0..64).filter(|line| lines & (1 << line) != 0) {
             if let Some(from) = bytes.get(line * 64..line * 64 + 64) {
@@ -181,18 +178,17 @@ impl Cache {
         stale
     }
 
-    /// Kills every translation of the page that depends on one of `lines`. No other vCPU may be in
-    /// translated code. Returns how often the page has been hit, 0 if nothing depended on the lines.
-    pub fn kill(&mut self, gfn: u64, lines: u64) -> u32 {
+    /// Kills every translation of the page that depends on one of `lines`. Other vCPUs may be executing
+    /// them; they leave at the next entry. False if the arena is full: then everything must go.
+    pub fn kill(&mut self, gfn: u64, lines: u64) -> bool {
         let Some(p) = self.pages.get_mut(&gfn) else {
-            return 0;
+            return true;
         };
         if p.lines & lines == 0 {
-            return 0;
+            return true;
         }
         self.epoch.fetch_add(1, Ordering::AcqRel);
-        p.kills += 1;
-        let kills = p.kills;
+        let mut room = true;
         let mut left = 0;
         let mut keep = Vec::new();
         for i in std::mem::take(&mut p.blocks) {
@@ -213,14 +209,14 @@ impl Cache {
             if self.map.get(&(b.phys, b.ctx)) == Some(&i) {
                 self.map.remove(&(b.phys, b.ctx));
             }
-            bury(&mut self.arena, &self.stubs, b);
+            room &= bury(&mut self.arena, &self.stubs, b);
         }
         p.blocks = keep;
         p.lines = left;
         if left == 0 {
             self.pages.remove(&gfn);
         }
-        kills
+        room
     }
 
     /// Whether a page holds translations.
@@ -237,38 +233,28 @@ impl Cache {
         self.arena.truncate(self.stubs_end);
     }
 
-    /// Redirects a dead block's linked entry at `at` to the block that took its place, whose indirect
+    /// Redirects the linked entry `at` of a dead block to the block that took its place, whose indirect
     /// entry is `indirect`.
     pub fn heal(&mut self, at: u64, indirect: u64) {
-        let Some(old) = self.block_at(at).filter(|b| b.dead && !b.live_in) else {
+        let Some(old) = self.block_at(at).filter(|b| b.dead) else {
             return;
         };
-        let (phys, direct, direct_fpu) = (old.phys, old.direct, old.direct_fpu);
+        let (phys, live_in) = (old.phys, old.live_in);
+        let fpu_entry = at == old.direct_fpu && old.direct != old.direct_fpu;
         let Some(new) = self.block_at(indirect) else {
             return;
         };
-        if new.dead || new.live_in || new.phys != phys || new.indirect != indirect {
+        // Who linked to the old block has the flags in EFLAGS only if that one wanted them.
+        let wrong_flags = new.live_in && !live_in;
+        if new.dead || wrong_flags || new.phys != phys || new.indirect != indirect {
             return;
         }
-        let to = match at {
-            _ if at == direct_fpu && at != direct => {
-                if new.fpu {
-                    new.direct_fpu
-                } else {
-                    new.direct
-                }
-            }
-            _ if at == direct => new.direct,
-            _ => return,
+        let to = if fpu_entry {
+            new.direct_fpu
+        } else {
+            new.direct
         };
-        // The opcode changes too: one byte, from call to jmp, then the distance. Both ways the old
-        // distance leads nowhere, so this needs everyone out, or the place to be one word.
-        if at % 8 > 3 {
-            return;
-        }
-        let mut code = vec![0xe9];
-        code.extend((to.wrapping_sub(at + 5) as u32).to_le_bytes());
-        self.arena.patch_word(at, &code);
+        self.arena.patch_word(at, &jump(at, to));
     }
 
     /// Guest page numbers that hold translations.
@@ -277,33 +263,31 @@ impl Cache {
     }
 }
 
-/// Overwrites a block's entries with exits to the `dead` helper.
-fn bury(arena: &mut Arena, stubs: &Stubs, b: &Block) {
-    let exit = |at: u64| {
-        let mut code = vec![0xe8];
-        code.extend((stubs.dead.wrapping_sub(at + 5) as u32).to_le_bytes());
-        code.extend(((b.phys & 0xfff) as u32).to_le_bytes());
-        code
-    };
+/// `jmp to`, at `at`.
+fn jump(at: u64, to: u64) -> [u8; 5] {
+    let d = (to.wrapping_sub(at + 5) as u32).to_le_bytes();
+    [0xe9, d[0], d[1], d[2], d[3]]
+}
+
+/// Turns a block's entries into jumps to exits. Each entry is one instruction of five bytes or more that
+/// starts an aligned word, so one store does it while other vCPUs execute there. False if there
+/// is no room for the exits.
+fn bury(arena: &mut Arena, stubs: &Stubs, b: &Block) -> bool {
     // T has the linear address here.
-    let mut code = vec![0xe9];
-    code.extend((stubs.jump.wrapping_sub(b.indirect + 5) as u32).to_le_bytes());
-    arena.patch(b.indirect, &code);
-    for at in [b.direct, b.direct_fpu] {
+    arena.patch_word(b.indirect, &jump(b.indirect, stubs.jump));
+    let second = (b.direct_fpu != b.direct).then_some(b.direct_fpu);
+    for at in [Some(b.direct), second].into_iter().flatten() {
+        let mut a = crate::asm::Asm::new(arena.next());
         if b.live_in {
-            // The flags are in EFLAGS here: save them first, out of line.
-            let mut a = crate::asm::Asm::new(arena.next());
             crate::flags::save(&mut a);
-            let pc = a.pc();
-            a.bytes(&exit(pc));
-            if let Some(thunk) = arena.push(&a.buf) {
-                let mut code = vec![0xe9];
-                code.extend((thunk.wrapping_sub(at + 5) as u32).to_le_bytes());
-                arena.patch(at, &code);
-                continue;
-            }
         }
-        let code = exit(at);
-        arena.patch(at, &code);
+        a.call_to(stubs.dead);
+        a.d32((b.phys & 0xfff) as u32);
+        a.bytes(&at.to_le_bytes());
+        let Some(exit) = arena.push(&a.buf) else {
+            return false;
+        };
+        arena.patch_word(at, &jump(at, exit));
     }
+    true
 }

@@ -220,33 +220,36 @@ impl<'a> Runner<'a> {
     }
 
     fn kill(&mut self, gfn: u64, lines: u64) -> bool {
-        // The write stands, so its translations go even if the world is stopped while waiting. This vCPU
-        // is running again then: it may neither wait without parking nor be stopped by itself.
-        let mut stopped = false;
-        let mut cache = loop {
-            match self.world.cache(self.me) {
-                Some(cache) => break cache,
-                None => stopped = true,
-            }
-        };
-        Self::kill_locked(self.world, &mut cache, self.me, gfn, lines);
-        if stopped {
+        let Some(mut cache) = self.world.cache(self.me) else {
+            // The world was stopped while waiting; the write stands, so its translations must go before
+            // this vCPU leaves.
             self.vm.attention.store(1, Ordering::SeqCst);
+            self.world.leave(self.me);
+            let mut cache = self.world.cache_outside();
+            if !self.kill_locked(&mut cache, gfn, lines) {
+                self.clear(&mut cache);
+            }
+            drop(cache);
+            self.world.enter(self.me);
+            return false;
+        };
+        if !self.kill_locked(&mut cache, gfn, lines) {
+            self.clear(&mut cache);
         }
-        !stopped
+        true
     }
 
-    fn kill_locked(world: &World, cache: &mut cache::Cache, me: &VcpuBox, gfn: u64, lines: u64) {
+    fn kill_locked(&self, cache: &mut cache::Cache, gfn: u64, lines: u64) -> bool {
         if cache.page_lines(gfn) & lines == 0 {
-            return;
+            return true;
         }
-        world.stopped(cache, Some(me), |_| {});
-        cache.kill(gfn, lines);
+        let room = cache.kill(gfn, lines);
         if !cache.has_code(gfn)
-            && let Some(flags) = world.code_map.page(gfn << 12)
+            && let Some(flags) = self.world.code_map.page(gfn << 12)
         {
             flags.fetch_and(!PAGE_CODE, Ordering::AcqRel);
         }
+        room
     }
 
     /// Linear address of the next instruction.
@@ -748,7 +751,9 @@ extern "sysv64" fn helper_dead(vm: *mut VcpuMem, ret: *const u8) -> u64 {
     if entry != 0
         && let Some(mut cache) = r.world.cache(r.me)
     {
-        cache.heal(ret as u64 - 5, entry);
+        // SAFETY: the address of the entry stands behind the word.
+        let at = unsafe { ret.add(4).cast::<u64>().read_unaligned() };
+        cache.heal(at, entry);
     }
     entry
 }

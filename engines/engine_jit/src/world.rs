@@ -148,6 +148,8 @@ pub struct World {
     pub code_map: CodeMap,
     vcpus: Mutex<Vec<Weak<VcpuBox>>>,
     stop: AtomicBool,
+    /// vCPUs that a stop keeps out.
+    waiting: AtomicU32,
     /// The host has BMI2.
     pub bmi2: bool,
     /// XSAVE mask for the guest's state.
@@ -174,6 +176,7 @@ impl World {
             code_map: CodeMap::new()?,
             vcpus: Mutex::new(Vec::new()),
             stop: AtomicBool::new(false),
+            waiting: AtomicU32::new(0),
             bmi2: std::arch::is_x86_feature_detected!("bmi2"),
             xsave_mask: (host & 0xe7) as u32,
             code,
@@ -206,9 +209,11 @@ impl World {
                 return;
             }
             me.running.store(false, Ordering::SeqCst);
+            self.waiting.fetch_add(1, Ordering::SeqCst);
             while self.stopping() {
                 std::thread::yield_now();
             }
+            self.waiting.fetch_sub(1, Ordering::SeqCst);
         }
     }
 
@@ -255,6 +260,14 @@ impl World {
             .collect();
         if others.is_empty() {
             return;
+        }
+        // Whoever the last stop kept out has its turn first, or one vCPU that stops the world again and
+        // again would starve it. A bounded wait: its thread may not be scheduled.
+        for _ in 0..1000 {
+            if self.waiting.load(Ordering::SeqCst) == 0 {
+                break;
+            }
+            std::thread::yield_now();
         }
         self.stop.store(true, Ordering::SeqCst);
         for v in &others {

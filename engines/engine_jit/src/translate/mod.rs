@@ -105,11 +105,13 @@ pub fn translate(block: &Decoded, ctx: Context, stubs: &Stubs, base: u64, bmi2: 
     if block.live_in != 0 {
         flags::restore(&mut x.a);
     }
-    let direct = x.a.here();
-    if block.fpu {
+    let direct = x.entry();
+    let direct_fpu = if block.fpu {
         x.check_fpu();
-    }
-    let direct_fpu = x.a.here();
+        x.entry()
+    } else {
+        direct
+    };
     for op in &block.ops {
         x.map.push((x.a.here() as u32, op.off));
         x.op(op);
@@ -124,10 +126,6 @@ pub fn translate(block: &Decoded, ctx: Context, stubs: &Stubs, base: u64, bmi2: 
         } else {
             x.jump_direct(i64::from(block.end), live, false);
         }
-    }
-    // A dead block's entries are overwritten with exits of up to 10 bytes each.
-    while x.a.here() < direct_fpu + 16 {
-        x.a.bytes(&[0xcc]);
     }
     x.emit_cold();
     Code {
@@ -154,6 +152,17 @@ fn number(r: Register) -> u8 {
 impl Tx<'_> {
     fn long(&self) -> bool {
         self.ctx.code_size() == CodeSize::Bits64
+    }
+
+    /// An entry for linked jumps: one instruction that can be overwritten with a jump in one store, also
+    /// while other vCPUs execute here.
+    fn entry(&mut self) -> usize {
+        while self.a.pc() % 8 > 3 {
+            self.a.bytes(&[0x90]);
+        }
+        let at = self.a.here();
+        self.a.bytes(&[0x0f, 0x1f, 0x44, 0, 0]);
+        at
     }
 
     /// Loads the FPU if it is not loaded; keeps live flags.
