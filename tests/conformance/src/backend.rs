@@ -209,7 +209,7 @@ impl Vm {
     pub fn create_vcpu(&self, id: u64) -> Vcpu {
         let (inner, mut cpuid) = match self {
             Vm::User(vm, system) => (
-                Inner::User(vm.create_vcpu(id).expect("KVM_CREATE_VCPU")),
+                Inner::User(Box::new(vm.create_vcpu(id).expect("KVM_CREATE_VCPU"))),
                 system.get_supported_cpuid(256).expect("CPUID"),
             ),
             Vm::Kvm(vm, kvm) => (
@@ -236,7 +236,7 @@ impl Vm {
 }
 
 enum Inner {
-    User(home_user::Vcpu),
+    User(Box<home_user::Vcpu>),
     Kvm(kvm_ioctls::VcpuFd),
 }
 
