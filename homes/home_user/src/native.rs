@@ -153,6 +153,24 @@ fn build(insn: &[u8], components: u64) -> Asm {
     a
 }
 
+/// At most 15 bytes as a number. By loads of fixed sizes: a copy of `len` bytes that is then read as a
+/// whole would wait for the stores to arrive in the cache.
+fn packed(insn: &[u8]) -> u128 {
+    let len = insn.len().min(15);
+    let shift = 8 * len as u32;
+    if let (Some(head), Some(tail)) = (insn.first_chunk::<8>(), insn.last_chunk::<8>()) {
+        let tail = u128::from(u64::from_le_bytes(*tail)) << (shift - 64);
+        return u128::from(u64::from_le_bytes(*head)) | tail;
+    }
+    if let (Some(head), Some(tail)) = (insn.first_chunk::<4>(), insn.last_chunk::<4>()) {
+        let tail = u128::from(u32::from_le_bytes(*tail)) << (shift - 32);
+        return u128::from(u32::from_le_bytes(*head)) | tail;
+    }
+    insn.iter()
+        .rev()
+        .fold(0, |key, &byte| key << 8 | u128::from(byte))
+}
+
 /// The XSAVE components that an instruction can reach. Loading and saving less is most of the cost
 /// of a vector instruction.
 fn components(insn: &[u8]) -> u64 {
@@ -289,10 +307,8 @@ impl Native {
 
     fn stub(&mut self, insn: &[u8], components: u64) -> Stub {
         let fpu = components != 0;
-        let mut bytes = [0u8; 16];
-        bytes[..insn.len()].copy_from_slice(insn);
-        bytes[15] = insn.len() as u8 | u8::from(fpu) << 7;
-        let key = u128::from_le_bytes(bytes);
+        let kind = insn.len() as u8 | u8::from(fpu) << 7;
+        let key = packed(insn) | u128::from(kind) << 120;
         let folded = (key as u64) ^ (key >> 64) as u64;
         let slot = (folded.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52) as usize % SLOTS;
         let found = self.slots[slot];
@@ -408,6 +424,21 @@ impl HostCpu for Native {
         match result as u32 {
             0 => Ok(()),
             v => Err((v & 0x1f) as u8),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::packed;
+
+    #[test]
+    fn packed_is_the_bytes_in_order() {
+        let bytes: [u8; 15] = std::array::from_fn(|i| 0xf0 | i as u8);
+        for len in 0..=15 {
+            let mut wide = [0; 16];
+            wide[..len].copy_from_slice(&bytes[..len]);
+            assert_eq!(packed(&bytes[..len]), u128::from_le_bytes(wide), "{len}");
         }
     }
 }

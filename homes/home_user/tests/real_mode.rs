@@ -402,6 +402,7 @@ fn resampling_irqfd_follows_the_eoi() {
             a.mov(dx, 0x4d0).unwrap();
             a.mov(al, 0x20).unwrap();
             a.out(dx, al).unwrap();
+            a.out(0x10, al).unwrap();
             a.sti().unwrap();
             a.set_label(&mut again).unwrap();
             a.hlt().unwrap();
@@ -423,6 +424,8 @@ fn resampling_irqfd_follows_the_eoi() {
         m.vm.register_irqfd_with_resample(&irq, &resample, 5)
             .unwrap();
         let mut v = m.vcpu(0);
+        // Not before: the PIC's initialization acknowledges what is pending.
+        expect_out(&mut v, 0x10);
         let mut count = [0; 8];
         for _ in 0..3 {
             irq.write_all(&1u64.to_ne_bytes()).unwrap();
