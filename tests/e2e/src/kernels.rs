@@ -244,6 +244,9 @@ impl Kernel {
                 true => &security,
                 false => &archive,
             };
+            let Some(site) = site else {
+                continue;
+            };
             list += &format!("deb {signed}{site} {suite} main\n");
         }
         let path = state.join("sources.list");
@@ -267,7 +270,7 @@ impl Kernel {
 }
 
 /// The addresses of Debian's archive and of its security updates: those that the host's apt uses.
-fn mirrors() -> (String, String) {
+fn mirrors() -> (Option<String>, Option<String>) {
     let output = Command::new("apt-get")
         .args([
             "indextargets",
@@ -279,7 +282,7 @@ fn mirrors() -> (String, String) {
     let text = output
         .map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
         .unwrap_or_default();
-    let site = |security: bool, otherwise: &str| {
+    let site = |security: bool| {
         text.lines()
             .filter_map(|line| line.split_once(' '))
             .find(|(site, release)| {
@@ -287,11 +290,12 @@ fn mirrors() -> (String, String) {
                     && site.contains(if security { "security" } else { "debian" })
                     && !release.contains('/')
             })
-            .map_or_else(|| otherwise.to_owned(), |(site, _)| site.to_owned())
+            .map(|(site, _)| site.to_owned())
     };
     (
-        site(false, "http://deb.debian.org/debian/"),
-        site(true, "http://deb.debian.org/debian-security/"),
+        site(false),
+        // Where the host names no site for security updates, the archive's own kernels do.
+        site(true),
     )
 }
 

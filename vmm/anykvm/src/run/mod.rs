@@ -338,7 +338,11 @@ impl Session {
         };
         // The devices' ends of the pipes go with the configuration; then the rest is written.
         drop(self.config);
-        let lost = self.outputs.drain(..).filter_map(Output::finish).last();
+        // Every output is finished, also behind one that lost something.
+        let lost = self
+            .outputs
+            .drain(..)
+            .fold(None, |lost, output| Output::finish(output).or(lost));
         drop(self.raw_mode.take());
         let reports = self
             .reports
