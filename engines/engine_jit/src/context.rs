@@ -2,6 +2,7 @@
 
 use crate::layout::{TLB_KERNEL, TLB_KERNEL_AC, TLB_USER};
 use iced_x86::{CpuidFeature, EncodingKind, Instruction, Mnemonic};
+use x86defs::{cr0, cr4, rflags};
 use x86emu::state::{CodeSize, CpuState, Segment, sreg};
 
 /// Which vector state may be used without a check.
@@ -168,13 +169,13 @@ impl Context {
                 k |= SS32;
             }
         }
-        let smap = cpu.cr4 & (1 << 21) != 0;
-        if cpu.rflags & (1 << 18) != 0 || !smap {
+        let smap = cpu.cr4 & cr4::SMAP != 0;
+        if cpu.rflags & rflags::AC != 0 || !smap {
             k |= AC;
         }
-        let fpu = if cpu.cr0 & 0xc != 0 || cpu.cr4 & (1 << 9) == 0 {
+        let fpu = if cpu.cr0 & (cr0::EM | cr0::TS) != 0 || cpu.cr4 & cr4::OSFXSR == 0 {
             Fpu::None
-        } else if cpu.cr4 & (1 << 18) == 0 || cpu.xcr0 & 6 != 6 {
+        } else if cpu.cr4 & cr4::OSXSAVE == 0 || cpu.xcr0 & 6 != 6 {
             Fpu::Sse
         } else if cpu.xcr0 & 0xe0 != 0xe0 {
             Fpu::Avx
@@ -182,7 +183,7 @@ impl Context {
             Fpu::Avx512
         };
         k |= (fpu as u32) << FPU_SHIFT;
-        if cpu.rflags & (1 << 10) != 0 {
+        if cpu.rflags & rflags::DF != 0 {
             k |= DF;
         }
         // IF alone in bits 8-15 of RFLAGS, and no privilege question about changing it.
@@ -196,13 +197,13 @@ impl Context {
         if smap {
             k |= SMAP;
         }
-        if cpu.cr4 & (1 << 16) != 0 {
+        if cpu.cr4 & cr4::FSGSBASE != 0 {
             k |= FSGSBASE;
         }
-        if cpu.cpl == 0 || cpu.cr4 & 4 == 0 {
+        if cpu.cpl == 0 || cpu.cr4 & cr4::TSD == 0 {
             k |= TSC;
         }
-        let alignment = cpu.cpl == 3 && cpu.cr0 & (1 << 18) != 0 && cpu.rflags & (1 << 18) != 0;
+        let alignment = cpu.cpl == 3 && cpu.cr0 & cr0::AM != 0 && cpu.rflags & rflags::AC != 0;
         if alignment {
             k |= INTERPRET;
         }

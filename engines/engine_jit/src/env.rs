@@ -5,6 +5,7 @@ use crate::layout::{TLB_KERNEL, TLB_KERNEL_AC, TLB_USER};
 use crate::tlb::Caches;
 use crate::world::{PAGE_CODE, World};
 use std::sync::atomic::Ordering;
+use x86defs::{cr4, rflags};
 use x86emu::env::{Env, Exception, Features, Flush, HostCpu, NativeRegs, PhysMem, Stop};
 use x86emu::paging::{Access, Mapping};
 use x86emu::state::{CpuState, XsaveArea};
@@ -95,7 +96,7 @@ fn tlb_for(cpu: &CpuState, access: Access) -> Option<usize> {
         TLB_USER
     } else if cpu.cpl == 3 {
         return None;
-    } else if cpu.rflags & (1 << 18) != 0 || cpu.cr4 & (1 << 21) == 0 {
+    } else if cpu.rflags & rflags::AC != 0 || cpu.cr4 & cr4::SMAP == 0 {
         TLB_KERNEL_AC
     } else {
         TLB_KERNEL

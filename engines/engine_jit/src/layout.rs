@@ -2,6 +2,7 @@
 
 use std::mem::offset_of;
 use std::sync::atomic::{AtomicU32, Ordering};
+use x86defs::rflags;
 use x86emu::state::CpuState;
 
 /// Entries of each software TLB; a power of two.
@@ -228,11 +229,12 @@ impl VcpuMem {
         self.cpu.rflags = self.cpu.rflags & !ARITH | (f >> 8) & 0xd5 | (f & 1) << 11;
     }
 
-    /// Moves the arithmetic flags out of RFLAGS, as translated code expects them.
+    /// Moves the arithmetic flags out of RFLAGS, as translated code expects them. RF goes: it holds for one
+    /// instruction, and only instruction breakpoints, which are never armed here, look at it.
     pub fn split_flags(&mut self) {
         let f = self.cpu.rflags;
         self.flags = ((f & 0xd5) << 8 | (f >> 11) & 1) as u32;
-        self.cpu.rflags = f & !ARITH & !RF | 2;
+        self.cpu.rflags = f & !ARITH & !rflags::RF | 2;
     }
 
     /// The attention flag is raised.
@@ -241,8 +243,5 @@ impl VcpuMem {
     }
 }
 
-/// The resume flag: it holds for one instruction, and only instruction breakpoints, which are never
-/// armed while translated code runs, look at it.
-const RF: u64 = 1 << 16;
 /// CF, PF, AF, ZF, SF, OF.
-pub const ARITH: u64 = 0x8d5;
+pub use x86defs::rflags::STATUS as ARITH;

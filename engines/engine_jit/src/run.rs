@@ -14,6 +14,7 @@ use crate::translate::{meta, translate};
 use crate::world::{PAGE_CODE, PAGE_WRITTEN, VcpuBox, World};
 use crate::{cache, signal};
 use std::sync::atomic::Ordering;
+use x86defs::rflags::{IF, RF, TF};
 use x86emu::env::{Env, Exit, Stop};
 use x86emu::event::{self, Event};
 use x86emu::paging::{self, Access};
@@ -29,10 +30,6 @@ pub const HELPERS: Helpers = Helpers {
     dead: helper_dead,
     fault: helper_fault,
 };
-
-const TF: u64 = 1 << 8;
-const IF: u64 = 1 << 9;
-const RF: u64 = 1 << 16;
 
 /// One [`kvm_core::engine::EngineVcpu::run`] in progress.
 pub struct Runner<'a> {
@@ -213,6 +210,13 @@ impl<'a> Runner<'a> {
         result
     }
 
+    /// Interprets one instruction; an exit is left in `exit`.
+    fn step_noted(&mut self) {
+        if let Stepped::Exit(exit) = self.step() {
+            self.exit = Some(exit);
+        }
+    }
+
     /// Invalidates translations of what the last instruction wrote. False if the vCPU must leave.
     fn kill_written(&mut self) -> bool {
         let list: Vec<(u64, u64)> = self.written.take().collect();
@@ -285,10 +289,7 @@ impl<'a> Runner<'a> {
                 Ok(Some(phys)) => phys,
                 Ok(None) => {
                     // Not RAM, not canonical, or a page fault: the interpreter sorts it out.
-                    match self.step() {
-                        Stepped::Exit(exit) => self.exit = Some(exit),
-                        Stepped::Retired | Stepped::Redirected => {}
-                    }
+                    self.step_noted();
                     continue;
                 }
                 Err(()) => return 0,
@@ -299,10 +300,7 @@ impl<'a> Runner<'a> {
                 Err(NoBlock::NeedsSecond) => match self.crossing_block(phys, ctx, pc) {
                     Ok(Some(entry)) => entry,
                     Ok(None) => {
-                        match self.step() {
-                            Stepped::Exit(exit) => self.exit = Some(exit),
-                            Stepped::Retired | Stepped::Redirected => {}
-                        }
+                        self.step_noted();
                         continue;
                     }
                     Err(()) => return 0,
