@@ -69,6 +69,11 @@ fn user(args: &RunArgs) -> Result<Handle, Error> {
 fn passt(args: &RunArgs) -> Result<(Handle, tempfile::TempDir), Error> {
     let failed = |e: io::Error| Error::new(format!("cannot use passt: {}", one_line_of(&e)));
     let directory = tempfile::tempdir().map_err(failed)?;
+    if nix::unistd::geteuid().is_root() {
+        // Started by root, passt becomes this user before it makes its socket.
+        const NOBODY: u32 = 65534;
+        std::os::unix::fs::chown(directory.path(), Some(NOBODY), Some(NOBODY)).map_err(failed)?;
+    }
     let config = PasstConfig {
         forwards: args.publish.clone(),
         ..PasstConfig::new(directory.path().join("socket"))
