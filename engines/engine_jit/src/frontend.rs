@@ -486,9 +486,7 @@ fn classify(insn: &Instruction, bytes: &[u8], ctx: Context) -> (Kind, Option<Enc
             };
         }
         M::Lea => {
-            let ok = address_ok(insn, ctx) && insn.segment_prefix() == Register::None
-                || address_ok(insn, ctx);
-            return if ok {
+            return if address_ok(insn, ctx) {
                 (Kind::Lea, None, false)
             } else {
                 interpret
@@ -688,9 +686,6 @@ fn native(insn: &Instruction, bytes: &[u8], ctx: Context) -> Option<(Encoding, b
             return None;
         }
         _ => {}
-    }
-    if insn.has_xacquire_prefix() && insn.mnemonic() == M::INVALID {
-        return None;
     }
     let mut fpu = false;
     for i in 0..insn.op_count() {
