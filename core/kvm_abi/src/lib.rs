@@ -13,29 +13,28 @@ extern crate std;
 
 pub mod cap;
 pub mod errno;
+pub mod ioctl;
 pub mod paravirt;
 pub mod run;
 
 pub use errno::Errno;
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 macro_rules! abi {
     ($($(#[$meta:meta])* struct $name:ident { $($field:ident : $ty:ty,)* })*) => {
         $(
             $(#[$meta])*
-            #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+            #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
             #[repr(C)]
             pub struct $name { $(pub $field: $ty,)* }
 
             impl Default for $name {
                 fn default() -> Self {
-                    Self { $($field: abi!(@zero $ty),)* }
+                    FromZeros::new_zeroed()
                 }
             }
         )*
     };
-    (@zero [[u8; 16]; $n:literal]) => { [[0; 16]; $n] };
-    (@zero [$t:ident; $n:literal]) => { [<$t>::default(); $n] };
-    (@zero $t:ty) => { <$t>::default() };
 }
 
 abi! {
@@ -119,10 +118,43 @@ abi! {
     struct kvm_ioapic_state {
         base_address: u64, ioregsel: u32, id: u32, irr: u32, pad: u32, redirtbl: [u64; 24],
     }
+    /// `kvm_irqchip` with its union as words.
+    struct kvm_irqchip { chip_id: u32, pad: u32, chip: [u64; 64], }
+    struct kvm_irq_level { irq: u32, level: u32, }
+    struct kvm_irqfd { fd: u32, gsi: u32, flags: u32, resamplefd: u32, pad: [u8; 16], }
+    struct kvm_ioeventfd {
+        datamatch: u64, addr: u64, len: u32, fd: i32, flags: u32, pad: [u8; 36],
+    }
+    struct kvm_enable_cap { cap: u32, flags: u32, args: [u64; 4], pad: [u8; 64], }
+    struct kvm_dirty_log { slot: u32, padding1: u32, dirty_bitmap: u64, }
+    struct kvm_clear_dirty_log { slot: u32, num_pages: u32, first_page: u64, dirty_bitmap: u64, }
+    struct kvm_pit_config { flags: u32, pad: [u32; 15], }
+    struct kvm_reinject_control { pit_reinject: u8, reserved: [u8; 31], }
+    struct kvm_create_device { type_: u32, fd: u32, flags: u32, }
+    struct kvm_device_attr { flags: u32, group: u32, attr: u64, addr: u64, }
+    /// `kvm_cpuid_entry`: the entry of KVM_SET_CPUID.
+    struct kvm_cpuid_entry { function: u32, eax: u32, ebx: u32, ecx: u32, edx: u32, padding: u32, }
+    /// The fixed part of the calls that end in an array (`kvm_msrs`, `kvm_cpuid2`).
+    struct list_head { n: u32, pad: u32, }
+}
+
+/// `kvm_irqfd::flags`.
+pub mod irqfd_flag {
+    pub const DEASSIGN: u32 = 1;
+    pub const RESAMPLE: u32 = 2;
+}
+
+/// `kvm_ioeventfd::flags`.
+pub mod ioeventfd_flag {
+    pub const DATAMATCH: u32 = 1;
+    pub const PIO: u32 = 2;
+    pub const DEASSIGN: u32 = 4;
+    pub const VIRTIO_CCW_NOTIFY: u32 = 8;
+    pub const VALID: u32 = 15;
 }
 
 /// `kvm_lapic_state`: the APIC register page, 1 KiB of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct kvm_lapic_state {
     pub regs: [u8; 1024],
@@ -135,7 +167,7 @@ impl Default for kvm_lapic_state {
 }
 
 /// `kvm_xsave`: the standard-format XSAVE area, 4 KiB of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(8))]
 pub struct kvm_xsave {
     pub region: [u8; 4096],
@@ -248,6 +280,16 @@ mod layout {
         same!(kvm_pic_state: irr, imr, elcr_mask);
         same!(kvm_ioapic_state: base_address, ioregsel, id, irr, redirtbl);
         same!(kvm_lapic_state: regs);
+        same!(kvm_irqchip: chip_id, chip);
+        same!(kvm_irqfd: fd, gsi, flags, resamplefd);
+        same!(kvm_ioeventfd: datamatch, addr, len, fd, flags);
+        same!(kvm_enable_cap: cap, flags, args);
+        same!(kvm_dirty_log: slot);
+        same!(kvm_clear_dirty_log: slot, num_pages, first_page);
+        same!(kvm_pit_config: flags);
+        same!(kvm_reinject_control: pit_reinject);
+        same!(kvm_create_device: type_, fd, flags);
+        same!(kvm_device_attr: flags, group, attr, addr);
         assert_eq!(
             size_of::<super::kvm_xsave>(),
             size_of::<kvm_bindings::kvm_xsave>()
