@@ -18,6 +18,7 @@ pub mod host;
 mod hypercall;
 mod inflight;
 pub mod interp_engine;
+pub mod ioctl;
 pub mod ioeventfd;
 mod memory;
 pub mod msr;

@@ -1,0 +1,74 @@
+//! The ioctls of a vCPU.
+
+use super::system::{cpuid_in, cpuid_out, get_msrs, msrs_in};
+use super::{Answer, VcpuFile, behind, caps, get, no_argument, put};
+use crate::vcpu::Vcpu;
+use kvm_abi::ioctl::*;
+use kvm_abi::{Errno, kvm_enable_cap, kvm_xsave};
+
+/// Answers an ioctl on a vCPU's descriptor; KVM_RUN too.
+///
+/// # Errors
+/// KVM's, for each call; EINVAL for what is none.
+pub fn call(vcpu: &mut Vcpu, file: &dyn VcpuFile, cmd: u32, arg: u64) -> Answer {
+    match cmd {
+        KVM_RUN => {
+            no_argument(arg)?;
+            vcpu.run()?;
+        }
+        KVM_GET_REGS => return put(file, arg, &vcpu.regs()),
+        KVM_SET_REGS => vcpu.set_regs(&get(file, arg)?),
+        KVM_GET_SREGS => return put(file, arg, &vcpu.sregs()),
+        KVM_SET_SREGS => vcpu.set_sregs(&get(file, arg)?)?,
+        KVM_GET_FPU => return put(file, arg, &vcpu.fpu()),
+        KVM_SET_FPU => vcpu.set_fpu(&get(file, arg)?),
+        KVM_GET_XSAVE | KVM_GET_XSAVE2 => return put(file, arg, &vcpu.xsave()),
+        KVM_SET_XSAVE => {
+            let area: kvm_xsave = get(file, arg)?;
+            vcpu.set_xsave(&area)?;
+        }
+        KVM_GET_XCRS => return put(file, arg, &vcpu.xcrs()),
+        KVM_SET_XCRS => vcpu.set_xcrs(&get(file, arg)?)?,
+        KVM_GET_MSRS => return get_msrs(file, arg, |entries| vcpu.msrs(entries)),
+        KVM_SET_MSRS => return Ok(vcpu.set_msrs(&msrs_in(file, arg)?) as u64),
+        KVM_SET_CPUID2 => vcpu.set_cpuid(&cpuid_in(file, arg)?)?,
+        KVM_GET_CPUID2 => return cpuid_out(file, arg, &vcpu.cpuid()),
+        KVM_GET_LAPIC => return put(file, arg, &vcpu.lapic()?),
+        KVM_SET_LAPIC => vcpu.set_lapic(&get(file, arg)?)?,
+        KVM_INTERRUPT => vcpu.interrupt(get(file, arg)?)?,
+        KVM_NMI => vcpu.nmi(),
+        KVM_GET_MP_STATE => return put(file, arg, &vcpu.mp_state()),
+        KVM_SET_MP_STATE => vcpu.set_mp_state(&get(file, arg)?)?,
+        KVM_GET_VCPU_EVENTS => return put(file, arg, &vcpu.vcpu_events()),
+        KVM_SET_VCPU_EVENTS => vcpu.set_vcpu_events(&get(file, arg)?)?,
+        KVM_GET_DEBUGREGS => return put(file, arg, &vcpu.debug_regs()),
+        KVM_SET_DEBUGREGS => vcpu.set_debug_regs(&get(file, arg)?)?,
+        KVM_SET_GUEST_DEBUG => vcpu.set_guest_debug(&get(file, arg)?)?,
+        KVM_TRANSLATE => {
+            let asked: kvm_abi::kvm_translation = get(file, arg)?;
+            return put(file, arg, &vcpu.translate(asked.linear_address));
+        }
+        KVM_GET_TSC_KHZ => return Ok(vcpu.tsc_khz().into()),
+        KVM_SET_TSC_KHZ => vcpu.set_tsc_khz(u32::try_from(arg).map_err(|_| Errno::EINVAL)?)?,
+        KVM_KVMCLOCK_CTRL => vcpu.kvmclock_ctrl()?,
+        KVM_SET_SIGNAL_MASK => signal_mask(file, arg)?,
+        KVM_ENABLE_CAP => {
+            let c: kvm_enable_cap = get(file, arg)?;
+            return caps::enable_on_vcpu(vcpu, &c);
+        }
+        _ => return Err(Errno::EINVAL),
+    }
+    Ok(0)
+}
+
+/// `kvm_signal_mask`: a length, and that many bytes; a null pointer for none.
+fn signal_mask(file: &dyn VcpuFile, arg: u64) -> Result<(), Errno> {
+    if arg == 0 {
+        return file.set_signal_mask(None);
+    }
+    let len: u32 = get(file, arg)?;
+    if len as usize != size_of::<u64>() {
+        return Err(Errno::EINVAL);
+    }
+    file.set_signal_mask(Some(get(file, behind(arg, 4)?)?))
+}
