@@ -132,6 +132,18 @@ abi! {
     struct kvm_reinject_control { pit_reinject: u8, reserved: [u8; 31], }
     struct kvm_create_device { type_: u32, fd: u32, flags: u32, }
     struct kvm_device_attr { flags: u32, group: u32, attr: u64, addr: u64, }
+    struct kvm_coalesced_mmio_zone { addr: u64, size: u32, pio: u32, }
+    struct kvm_coalesced_mmio { phys_addr: u64, len: u32, pio: u32, data: [u8; 8], }
+    struct kvm_dirty_gfn { flags: u32, slot: u32, offset: u64, }
+    struct kvm_pit_state { channels: [kvm_pit_channel_state; 3], }
+    struct kvm_stats_header {
+        flags: u32, name_size: u32, num_desc: u32, id_offset: u32, desc_offset: u32,
+        data_offset: u32,
+    }
+    /// `kvm_stats_desc` with the name that follows it.
+    struct kvm_stats_desc {
+        flags: u32, exponent: i16, size: u16, offset: u32, bucket_size: u32, name: [u8; 48],
+    }
     /// `kvm_cpuid_entry`: the entry of KVM_SET_CPUID.
     struct kvm_cpuid_entry { function: u32, eax: u32, ebx: u32, ecx: u32, edx: u32, padding: u32, }
     /// The fixed part of the calls that end in an array (`kvm_msrs`, `kvm_cpuid2`).
@@ -143,6 +155,31 @@ pub mod irqfd_flag {
     pub const DEASSIGN: u32 = 1;
     pub const RESAMPLE: u32 = 2;
 }
+
+/// `kvm_dirty_gfn::flags`.
+pub mod dirty_gfn {
+    /// KVM_DIRTY_GFN_F_DIRTY
+    pub const DIRTY: u32 = 1;
+    /// KVM_DIRTY_GFN_F_RESET
+    pub const RESET: u32 = 2;
+}
+
+/// KVM_X2APIC_API_*: `args[0]` of KVM_CAP_X2APIC_API.
+pub mod x2apic_api {
+    pub const USE_32BIT_IDS: u64 = 1;
+    pub const DISABLE_BROADCAST_QUIRK: u64 = 2;
+    pub const VALID: u64 = 3;
+}
+
+/// `kvm_irq_routing_entry::type_`.
+pub mod irq_routing {
+    pub const IRQCHIP: u32 = 1;
+    pub const MSI: u32 = 2;
+    pub const HV_SINT: u32 = 4;
+}
+
+/// `kvm_msi::flags` and the flags of an MSI route: the device id is valid. x86 has no use for it.
+pub const KVM_MSI_VALID_DEVID: u32 = 1;
 
 /// `kvm_ioeventfd::flags`.
 pub mod ioeventfd_flag {
@@ -290,6 +327,19 @@ mod layout {
         same!(kvm_reinject_control: pit_reinject);
         same!(kvm_create_device: type_, fd, flags);
         same!(kvm_device_attr: flags, group, attr, addr);
+        same!(kvm_coalesced_mmio_zone: addr, size);
+        same!(kvm_coalesced_mmio: phys_addr, len, data);
+        same!(kvm_dirty_gfn: flags, slot, offset);
+        same!(kvm_pit_state: channels);
+        same!(kvm_stats_header: flags, name_size, num_desc, id_offset, desc_offset, data_offset);
+        assert_eq!(
+            offset_of!(super::kvm_stats_desc, name),
+            size_of::<kvm_bindings::kvm_stats_desc>()
+        );
+        assert_eq!(
+            offset_of!(super::kvm_stats_desc, offset),
+            offset_of!(kvm_bindings::kvm_stats_desc, offset)
+        );
         assert_eq!(
             size_of::<super::kvm_xsave>(),
             size_of::<kvm_bindings::kvm_xsave>()

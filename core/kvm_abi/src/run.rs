@@ -5,6 +5,10 @@
 pub const MMAP_SIZE: usize = 3 * 4096;
 /// Offset of the port-I/O data (KVM_PIO_PAGE_OFFSET pages).
 pub const PIO_OFFSET: usize = 4096;
+/// Offset of the ring of coalesced writes (KVM_COALESCED_MMIO_PAGE_OFFSET pages).
+pub const COALESCED_OFFSET: usize = 2 * 4096;
+/// Offset of the dirty ring, which is mapped separately (KVM_DIRTY_LOG_PAGE_OFFSET pages).
+pub const DIRTY_RING_OFFSET: usize = 64 * 4096;
 
 pub const REQUEST_INTERRUPT_WINDOW: usize = 0;
 pub const IMMEDIATE_EXIT: usize = 1;
@@ -39,6 +43,7 @@ pub mod reason {
     pub const IOAPIC_EOI: u32 = 26;
     pub const X86_RDMSR: u32 = 29;
     pub const X86_WRMSR: u32 = 30;
+    pub const DIRTY_RING_FULL: u32 = 31;
 }
 
 /// `kvm_run::io.direction`.
