@@ -541,6 +541,7 @@ impl Cpuid {
             leaf7_edx,
             ext1_ecx,
             ext1_edx,
+            ..Default::default()
         }
     }
 }

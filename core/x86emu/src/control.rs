@@ -4,7 +4,7 @@ use crate::bits::*;
 use crate::env::{Env, Exception, Flush, Stop};
 use crate::mem;
 use crate::paging::{self, Access};
-use crate::state::{CodeSize, CpuState, gpr, sreg};
+use crate::state::{CodeSize, CpuState, sreg};
 
 const DR7_GD: u64 = 1 << 13;
 const DR6_BD: u64 = 1 << 13;
@@ -376,18 +376,9 @@ pub fn rdtsc<E: Env + ?Sized>(cpu: &CpuState, env: &mut E) -> Result<u64, Stop> 
     Ok(env.tsc(cpu))
 }
 
-/// RDPMC: counters through their MSRs.
-pub fn rdpmc<E: Env + ?Sized>(cpu: &mut CpuState, env: &mut E) -> Result<u64, Stop> {
-    if cpu.cr4 & CR4_PCE == 0 && cpu.cpl != 0 {
-        return Err(Stop::gp(0));
-    }
-    let index = cpu.gpr[gpr::RCX] as u32;
-    let msr = match index {
-        0..=31 => 0xc1 + index,
-        0x4000_0000..=0x4000_0007 => 0x309 + (index & 7),
-        _ => return Err(Stop::gp(0)),
-    };
-    env.rdmsr(cpu, msr)
+/// RDPMC: no counter is ever offered, so every index is invalid.
+pub fn rdpmc() -> Result<(), Stop> {
+    Err(Stop::gp(0))
 }
 
 fn iopl(cpu: &CpuState) -> u8 {

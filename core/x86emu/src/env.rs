@@ -184,6 +184,24 @@ pub struct Features {
     pub ext1_ecx: u32,
     /// CPUID.80000001H:EDX.
     pub ext1_edx: u32,
+    /// CPUID is #GP outside CPL 0 and SMM (MISC_FEATURES_ENABLES, "CPUID Faulting").
+    pub cpuid_faulting: bool,
+    /// MONITOR and MWAIT are #UD unless CPUID offers them.
+    pub strict_monitor: bool,
+    /// What becomes of the other vendor's hypercall instruction.
+    pub foreign_hypercall: ForeignHypercall,
+}
+
+/// What VMCALL does on an AMD processor, and VMMCALL on an Intel one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ForeignHypercall {
+    /// The same as the processor's own.
+    #[default]
+    Serve,
+    /// The same, after the instruction was replaced in the guest's memory by the processor's own.
+    Patch,
+    /// #UD
+    Undefined,
 }
 
 /// Everything around the CPU core: devices, MSRs, CPUID, time, translation caches.
@@ -230,6 +248,10 @@ pub trait Env: PhysMem + HostCpu {
     fn flush(&mut self, what: Flush);
     /// VMCALL or VMMCALL: KVM's hypercalls. Advancing RIP is the interpreter's.
     fn hypercall(&mut self, cpu: &mut CpuState) -> Result<(), Stop>;
+    /// RSM in system-management mode: the registers, RIP too, become those of the interrupted code.
+    fn rsm(&mut self, _cpu: &mut CpuState) -> Result<(), Stop> {
+        Err(Stop::ud())
+    }
     /// The instruction in flight has retired, or an exception takes its place.
     fn retired(&mut self);
 }

@@ -27,6 +27,7 @@ pub mod interp;
 pub mod mem;
 pub mod paging;
 pub mod segment;
+pub mod smm;
 mod stack;
 pub mod state;
 pub mod system;

@@ -5,7 +5,7 @@ use iced_x86::{Code, Instruction, MemorySize, Mnemonic, OpKind, Register};
 
 use crate::bits::*;
 use crate::control;
-use crate::env::{Env, Exit, Stop};
+use crate::env::{Env, Exit, ForeignHypercall, Stop};
 use crate::interp::address::{effective_address, read_gpr, write_gpr};
 use crate::mem;
 use crate::paging::Access;
@@ -184,6 +184,7 @@ fn transfers<E: Env + ?Sized>(
         }
         M::Iret => transfer::iret(cpu, env, 2, next),
         M::Iretd => transfer::iret(cpu, env, 4, next),
+        M::Rsm if cpu.smm => env.rsm(cpu),
         M::Iretq => transfer::iret(cpu, env, 8, next),
         M::Int => transfer::int_n(cpu, env, insn.immediate8(), next),
         M::Int3 => transfer::int3(cpu, env, next),
@@ -561,6 +562,40 @@ fn cpuid<E: Env + ?Sized>(cpu: &mut CpuState, env: &mut E) {
     cpu.gpr[gpr::RDX] = u64::from(edx);
 }
 
+/// CPUID.01H:ECX: MONITOR and MWAIT.
+const MONITOR: u32 = 1 << 3;
+
+/// VMCALL and VMMCALL.
+fn hypercall<E: Env + ?Sized>(
+    cpu: &mut CpuState,
+    env: &mut E,
+    insn: &Instruction,
+) -> Result<(), Stop> {
+    let features = env.features();
+    let (own, opcode) = if features.amd {
+        (Mnemonic::Vmmcall, [0x0f, 0x01, 0xd9])
+    } else {
+        (Mnemonic::Vmcall, [0x0f, 0x01, 0xc1])
+    };
+    if insn.mnemonic() != own {
+        match features.foreign_hypercall {
+            ForeignHypercall::Serve => {}
+            ForeignHypercall::Undefined => return Err(Stop::ud()),
+            ForeignHypercall::Patch => {
+                // Prefixes stay.
+                let offset = next_rip(cpu, insn).wrapping_sub(opcode.len() as u64);
+                let linear = if cpu.code_size() == CodeSize::Bits64 {
+                    offset
+                } else {
+                    cpu.seg[sreg::CS].base.wrapping_add(offset) & 0xffff_ffff
+                };
+                mem::write_linear(cpu, env, linear, &opcode, Access::write(cpu))?;
+            }
+        }
+    }
+    env.hypercall(cpu)
+}
+
 /// Model-specific registers, identification, time, idling, hypercalls; and what this CPU lacks.
 fn processor<E: Env + ?Sized>(
     cpu: &mut CpuState,
@@ -571,6 +606,9 @@ fn processor<E: Env + ?Sized>(
     let index = cpu.gpr[gpr::RCX] as u32;
     Some(match insn.mnemonic() {
         M::Cpuid => {
+            if cpu.cpl != 0 && !cpu.smm && env.features().cpuid_faulting {
+                return Some(Err(Stop::gp(0)));
+            }
             cpuid(cpu, env);
             Ok(())
         }
@@ -595,11 +633,16 @@ fn processor<E: Env + ?Sized>(
             write_gpr(cpu, insn.op0_register(), cpu.tsc_aux & 0xffff_ffff);
             Ok(())
         }
-        M::Rdpmc => control::rdpmc(cpu, env).map(|value| set_edx_eax(cpu, value)),
+        M::Rdpmc => control::rdpmc(),
         M::Xgetbv => control::xgetbv(cpu, index).map(|value| set_edx_eax(cpu, value)),
         M::Xsetbv => control::xsetbv(cpu, env, index, edx_eax(cpu)),
         M::Hlt => control::require_cpl0(cpu).and(Err(Stop::Exit(Exit::Hlt))),
-        M::Vmcall | M::Vmmcall => env.hypercall(cpu),
+        M::Vmcall | M::Vmmcall => hypercall(cpu, env, insn),
+        M::Monitor | M::Mwait
+            if env.features().strict_monitor && env.features().leaf1_ecx & MONITOR == 0 =>
+        {
+            Err(Stop::ud())
+        }
         // Waiting is allowed to end at any time, so it ends at once.
         M::Monitor | M::Mwait | M::Monitorx | M::Mwaitx if cpu.cpl == 0 => Ok(()),
         M::Monitor | M::Mwait | M::Monitorx | M::Mwaitx => Err(Stop::ud()),

@@ -104,6 +104,8 @@ const SMAP: u32 = 1 << 14;
 const TSC: u32 = 1 << 15;
 const FSGSBASE: u32 = 1 << 16;
 const SEGMENTED: u32 = 1 << 17;
+/// System-management mode, where the same addresses may hold other code.
+const SMM: u32 = 1 << 18;
 
 fn flat(s: &Segment) -> bool {
     // Present, base 0, 4 GiB, and for data: expand-up and writable or readable code.
@@ -206,6 +208,9 @@ impl Context {
         let alignment = cpu.cpl == 3 && cpu.cr0 & cr0::AM != 0 && cpu.rflags & rflags::AC != 0;
         if alignment {
             k |= INTERPRET;
+        }
+        if cpu.smm {
+            k |= SMM;
         }
         Context(k)
     }

@@ -183,6 +183,12 @@ impl Env for JitEnv<'_> {
     fn hypercall(&mut self, cpu: &mut CpuState) -> Result<(), Stop> {
         self.inner.hypercall(cpu)
     }
+    fn rsm(&mut self, cpu: &mut CpuState) -> Result<(), Stop> {
+        let result = self.inner.rsm(cpu);
+        // Guest-physical addresses mean other memory now.
+        self.caches.flush(Flush::All);
+        result
+    }
     fn retired(&mut self) {
         self.inner.retired();
     }

@@ -92,6 +92,7 @@ fn features() -> Features {
         leaf7_edx: l7.edx,
         ext1_ecx: e1.ecx,
         ext1_edx: e1.edx,
+        ..Features::default()
     }
 }
 

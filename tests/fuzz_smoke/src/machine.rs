@@ -253,6 +253,7 @@ pub fn machine(input: &mut Input<'_>) -> (CpuState, Machine) {
             leaf7_edx: !all,
             ext1_ecx: !all,
             ext1_edx: !all,
+            ..Features::default()
         },
         answers,
         next: 0,

@@ -63,6 +63,7 @@ impl Fake {
                 leaf7_edx: u32::MAX,
                 ext1_ecx: u32::MAX,
                 ext1_edx: u32::MAX,
+                ..Default::default()
             },
             flushes: Vec::new(),
             mmio: Vec::new(),

@@ -14,6 +14,7 @@ mod paging;
 mod random;
 mod segment;
 mod setup;
+mod smm;
 mod speed;
 mod task;
 mod transfer;
