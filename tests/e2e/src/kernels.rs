@@ -4,12 +4,13 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anykvm::Error;
 use anykvm::guest::apt::{Apt, Package};
 use anykvm::guest::cpio::Archive;
 use anykvm::guest::{deb, modules};
+
+use crate::archive::{self, Doing};
 
 /// Drivers that a generic kernel has as modules; what it has built in is not in its package.
 const MODULES: &[&str] = &[
@@ -20,21 +21,8 @@ const MODULES: &[&str] = &[
     "af_packet",
 ];
 const INIT: &[u8] = include_bytes!("init.sh");
-/// Where Debian keeps the archive's keys; a host of another kind may have none.
-const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Raised when what is kept of a package changes.
 const CACHE_FORMAT: &str = "1";
-
-/// Says what failed.
-trait Doing<T> {
-    fn doing(self, what: impl std::fmt::Display) -> Result<T, Error>;
-}
-
-impl<T> Doing<T> for std::io::Result<T> {
-    fn doing(self, what: impl std::fmt::Display) -> Result<T, Error> {
-        self.map_err(|e| Error::new(format!("{what}: {e}")))
-    }
-}
 
 /// A kernel to test.
 #[derive(Debug, Clone, Copy)]
@@ -119,17 +107,6 @@ pub fn find(name: &str) -> Option<&'static Kernel> {
     KERNELS.iter().find(|kernel| kernel.name == name)
 }
 
-fn cache() -> Result<PathBuf, Error> {
-    let base = std::env::var_os("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .filter(|path| path.is_absolute())
-        .or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache")))
-        .ok_or_else(|| Error::new("there is no place for kernels: HOME is not set"))?;
-    let directory = base.join("anykvm-e2e");
-    fs::create_dir_all(&directory).doing(format_args!("cannot make {}", directory.display()))?;
-    Ok(directory)
-}
-
 impl Kernel {
     /// The kernel's files, from the cache if they are there, else from the archive; with `refresh`,
     /// from the archive.
@@ -137,7 +114,7 @@ impl Kernel {
     /// # Errors
     /// If they are not there and the archive does not help.
     pub fn files(&self, refresh: bool) -> Result<Files, Error> {
-        let cache = cache()?;
+        let cache = archive::cache("anykvm-e2e")?;
         let lock = fs::File::create(cache.join(format!("{}.lock", self.name)))
             .doing("cannot write the cache")?;
         lock.lock().doing("cannot lock the cache")?;
@@ -172,7 +149,7 @@ impl Kernel {
         let lock =
             fs::File::create(state.with_extension("lock")).doing("cannot write the cache")?;
         lock.lock().doing("cannot lock the cache")?;
-        let apt = self.apt(&state)?;
+        let apt = archive::apt(&state, self.suites, self.architecture)?;
         let complaint = apt.update(|_| {})?;
         let of_archive = |name: &str| -> Result<Package, Error> {
             apt.show(name)?.ok_or_else(|| {
@@ -229,74 +206,6 @@ impl Kernel {
         let _ = fs::remove_dir_all(directory);
         fs::rename(temporary.keep(), directory).doing("cannot write the cache")
     }
-
-    /// apt with the suites of this kernel instead of the host's.
-    fn apt(&self, state: &Path) -> Result<Apt, Error> {
-        fs::create_dir_all(state).doing("cannot write the cache")?;
-        let mut list = String::new();
-        let signed = match Path::new(KEYRING).exists() {
-            true => format!("[signed-by={KEYRING}] "),
-            false => String::new(),
-        };
-        let (archive, security) = mirrors();
-        for suite in self.suites {
-            let site = match suite.ends_with("-security") {
-                true => &security,
-                false => &archive,
-            };
-            let Some(site) = site else {
-                continue;
-            };
-            list += &format!("deb {signed}{site} {suite} main\n");
-        }
-        let path = state.join("sources.list");
-        fs::write(&path, list).doing("cannot write the cache")?;
-        let architecture = self.architecture;
-        Apt::with_settings(
-            state,
-            &format!(
-                "Dir::Etc::sourcelist \"{}\";\n\
-                 Dir::Etc::sourceparts \"/dev/null\";\n\
-                 Dir::Etc::preferences \"/dev/null\";\n\
-                 Dir::Etc::preferencesparts \"/dev/null\";\n\
-                 APT::Default-Release \"\";\n\
-                 APT::Architecture \"{architecture}\";\n\
-                 #clear APT::Architectures;\n\
-                 APT::Architectures {{ \"{architecture}\"; }};\n",
-                path.display()
-            ),
-        )
-    }
-}
-
-/// The addresses of Debian's archive and of its security updates: those that the host's apt uses.
-fn mirrors() -> (Option<String>, Option<String>) {
-    let output = Command::new("apt-get")
-        .args([
-            "indextargets",
-            "--format",
-            "$(REPO_URI) $(RELEASE)",
-            "Created-By: Packages",
-        ])
-        .output();
-    let text = output
-        .map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
-        .unwrap_or_default();
-    let site = |security: bool| {
-        text.lines()
-            .filter_map(|line| line.split_once(' '))
-            .find(|(site, release)| {
-                release.ends_with("-security") == security
-                    && site.contains(if security { "security" } else { "debian" })
-                    && !release.contains('/')
-            })
-            .map(|(site, _)| site.to_owned())
-    };
-    (
-        site(false),
-        // Where the host names no site for security updates, the archive's own kernels do.
-        site(true),
-    )
 }
 
 /// The kernel and the modules that may be needed from a package.
