@@ -84,6 +84,24 @@ impl Session {
         })
     }
 
+    /// Whether the program has not ended.
+    pub fn running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// Takes what has come and gives the length of all output so far.
+    pub fn drained(&mut self) -> usize {
+        while let Ok(bytes) = self.output.try_recv() {
+            self.seen.extend(bytes);
+        }
+        self.seen.len()
+    }
+
+    /// Takes what has come as read.
+    pub fn skip(&mut self) {
+        self.read_to = self.drained();
+    }
+
     /// Sends the program a signal.
     pub fn signal(&self, signal: nix::sys::signal::Signal) {
         crate::program::send(&self.child, signal);

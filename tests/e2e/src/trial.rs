@@ -66,7 +66,7 @@ pub fn trial(files: &Files, cpus: u32) -> Result<Passed, Error> {
     })?;
     clock(&mut guest)?;
     load(&mut guest, cpus)?;
-    let written = use_disk(&mut guest)?;
+    let written = use_disk(&mut guest, "vda", DISK)?;
     network(&mut guest)?;
     let complaints = guest.command(
         "dmesg | grep -E 'BUG|WARNING|Call Trace|Oops|stall|lockup|nstable|protection fault|segfault|traps:|I/O error|nobody cared|timed out|Firmware Bug|Spurious' || true",
@@ -130,7 +130,10 @@ fn clock(guest: &mut Session) -> Result<(), Error> {
 }
 
 /// Processes and pipes on all processors, with a result that shows whether they computed right.
-fn load(guest: &mut Session, cpus: u32) -> Result<(), Error> {
+///
+/// # Errors
+/// If they did not.
+pub fn load(guest: &mut Session, cpus: u32) -> Result<(), Error> {
     let jobs = cpus * 2;
     let sums = guest.command(
         &format!(
@@ -147,22 +150,34 @@ fn load(guest: &mut Session, cpus: u32) -> Result<(), Error> {
     })
 }
 
-/// Reads what the host put there, and writes; returns the checksum of what was written.
-fn use_disk(guest: &mut Session) -> Result<String, Error> {
-    let sum = guest.command("dd if=/dev/vda bs=1M 2>/dev/null | sha256sum", ANSWER)?;
-    wrong_unless(sum.starts_with(&digest(&noise(1, DISK as usize))), || {
+/// Reads [`noise`] of seed 1 and `size` bytes that the host put on the guest's disk `device`, and
+/// writes a MiB at 8 MiB; returns the checksum of what was written.
+///
+/// # Errors
+/// If something else is read.
+pub fn use_disk(guest: &mut Session, device: &str, size: u64) -> Result<String, Error> {
+    let sum = guest.command(
+        &format!("dd if=/dev/{device} bs=1M 2>/dev/null | sha256sum"),
+        ANSWER,
+    )?;
+    wrong_unless(sum.starts_with(&digest(&noise(1, size as usize))), || {
         format!("the disk reads wrong: {sum}")
     })?;
     let sum = guest.command(
-        "dd if=/dev/urandom of=/tmp/noise bs=1M count=1 2>/dev/null && \
-         dd if=/tmp/noise of=/dev/vda bs=1M seek=8 conv=fsync 2>/dev/null && sha256sum </tmp/noise",
+        &format!(
+            "dd if=/dev/urandom of=/tmp/noise bs=1M count=1 2>/dev/null && dd if=/tmp/noise \
+             of=/dev/{device} bs=1M seek=8 conv=fsync 2>/dev/null && sha256sum </tmp/noise"
+        ),
         ANSWER,
     )?;
     Ok(sum.split(' ').next().unwrap_or_default().to_owned())
 }
 
 /// DHCP, an echo from the gateway, and a transfer from a server on the host.
-fn network(guest: &mut Session) -> Result<(), Error> {
+///
+/// # Errors
+/// What does not work first.
+pub fn network(guest: &mut Session) -> Result<(), Error> {
     guest.command(
         "ip link set lo up; ip link set eth0 up; udhcpc -i eth0 -f -n -q -t 5 -T 2 -s /etc/udhcpc.script >/dev/null 2>&1",
         ANSWER,
@@ -205,7 +220,8 @@ pub fn noise(seed: u64, length: usize) -> Vec<u8> {
     bytes
 }
 
-fn digest(bytes: &[u8]) -> String {
+/// The SHA-256 of `bytes` as the guest's sha256sum prints it.
+pub fn digest(bytes: &[u8]) -> String {
     Sha256::digest(bytes)
         .iter()
         .map(|byte| format!("{byte:02x}"))
