@@ -18,6 +18,23 @@ unsafe extern "sysv64" fn write(at: *mut u8) -> u32 {
     core::arch::naked_asm!("lock or byte ptr [rdi], 0", "xor eax, eax", "ret")
 }
 
+/// Copies RCX bytes from RSI to RDI. Its first instruction is the one that may fault.
+#[unsafe(naked)]
+unsafe extern "sysv64" fn copy(to: *mut u8, from: *const u8, unused: usize, len: usize) -> u32 {
+    core::arch::naked_asm!("rep movsb", "xor eax, eax", "ret")
+}
+
+/// Copies `len` bytes, either end of which may turn out not to be there; `false` then, with some of
+/// the bytes copied.
+///
+/// # Safety
+/// No Rust reference may exist to what `to` points at, and what lies there must be the caller's of an ioctl
+/// to lose: its arguments. The home's fault handler must be in place.
+pub unsafe fn try_copy(to: *mut u8, from: *const u8, len: usize) -> bool {
+    // SAFETY: the function follows the calling convention; a fault makes it return non-zero.
+    unsafe { copy(to, from, 0, len) == 0 }
+}
+
 /// Whether the host page at `at` can be read, and if `for_write` written.
 ///
 /// # Safety
@@ -33,5 +50,10 @@ pub unsafe fn accessible(at: *mut u8, for_write: bool) -> bool {
 /// Whether a fault at this instruction pointer is a probe's. Then the home puts 1 into RAX and returns
 /// to the caller: pops RIP from the stack.
 pub fn is_probe(rip: u64) -> bool {
-    rip == read as *const () as u64 || rip == write as *const () as u64
+    [
+        read as *const () as u64,
+        write as *const () as u64,
+        copy as *const () as u64,
+    ]
+    .contains(&rip)
 }

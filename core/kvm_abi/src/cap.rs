@@ -20,6 +20,7 @@ pub mod nr {
     pub const REINJECT_CONTROL: u32 = 24;
     pub const IRQ_ROUTING: u32 = 25;
     pub const IRQ_INJECT_STATUS: u32 = 26;
+    pub const JOIN_MEMORY_REGIONS_WORKS: u32 = 30;
     pub const MCE: u32 = 31;
     pub const IRQFD: u32 = 32;
     pub const PIT2: u32 = 33;
@@ -68,6 +69,8 @@ pub const fn value(cap: u32) -> i32 {
         nr::MAX_VCPUS => MAX_VCPUS as i32,
         nr::MAX_VCPU_ID => MAX_VCPU_ID as i32,
         nr::NR_MEMSLOTS => 32764,
+        // KVM_MAX_IRQ_ROUTES
+        nr::IRQ_ROUTING => 4096,
         nr::XSAVE2 => 4096,
         nr::SET_GUEST_DEBUG2 => super::guestdbg::VALID as i32,
         nr::ADJUST_CLOCK => (super::clock::TSC_STABLE) as i32,
@@ -84,7 +87,6 @@ pub const fn value(cap: u32) -> i32 {
         | nr::DESTROY_MEMORY_REGION_WORKS
         | nr::USER_NMI
         | nr::REINJECT_CONTROL
-        | nr::IRQ_ROUTING
         | nr::IRQ_INJECT_STATUS
         | nr::IRQFD
         | nr::PIT2
@@ -92,6 +94,7 @@ pub const fn value(cap: u32) -> i32 {
         | nr::IOEVENTFD
         | nr::SET_IDENTITY_MAP_ADDR
         | nr::INTERNAL_ERROR_DATA
+        | nr::JOIN_MEMORY_REGIONS_WORKS
         | nr::VCPU_EVENTS
         | nr::DEBUGREGS
         | nr::SET_GUEST_DEBUG

@@ -7,6 +7,7 @@ pub struct Errno(pub i32);
 impl Errno {
     pub const ENOENT: Errno = Errno(2);
     pub const EINTR: Errno = Errno(4);
+    pub const EIO: Errno = Errno(5);
     pub const ENXIO: Errno = Errno(6);
     pub const E2BIG: Errno = Errno(7);
     pub const EAGAIN: Errno = Errno(11);
@@ -24,6 +25,7 @@ impl Errno {
         match self {
             Self::ENOENT => "ENOENT",
             Self::EINTR => "EINTR",
+            Self::EIO => "EIO",
             Self::ENXIO => "ENXIO",
             Self::E2BIG => "E2BIG",
             Self::EAGAIN => "EAGAIN",

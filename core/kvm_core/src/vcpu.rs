@@ -152,6 +152,11 @@ impl VcpuShared {
     pub fn user_kick(&self) {
         self.request(request::USER);
     }
+
+    /// Takes back what [`Self::user_kick`] asked for, if no run has seen it.
+    pub fn cancel_user_kick(&self) {
+        self.take_requests(request::USER);
+    }
 }
 
 /// A vCPU, as its own thread has it.

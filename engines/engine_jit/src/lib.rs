@@ -27,5 +27,6 @@ mod translate;
 mod vcpu;
 mod world;
 
+pub use signal::install_handlers;
 pub use stats::Stats;
 pub use vcpu::{JitEngine, JitVcpu};

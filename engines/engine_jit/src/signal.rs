@@ -39,8 +39,7 @@ pub struct Translated(Current);
 impl Translated {
     /// Declares that this thread runs translated code.
     pub fn new(code: Range<u64>, vm: *mut VcpuMem, stub: u64) -> Self {
-        static INSTALL: Once = Once::new();
-        INSTALL.call_once(install);
+        install_handlers();
         let now = Current {
             start: code.start,
             end: code.end,
@@ -55,6 +54,13 @@ impl Drop for Translated {
     fn drop(&mut self) {
         CURRENT.set(self.0);
     }
+}
+
+/// Puts the handlers in place, once. A program whose own handlers should stay the outermost calls this
+/// before it installs them.
+pub fn install_handlers() {
+    static INSTALL: Once = Once::new();
+    INSTALL.call_once(install);
 }
 
 fn install() {

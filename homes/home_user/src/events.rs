@@ -21,6 +21,9 @@ type Callback = Box<dyn Fn() + Send + Sync>;
 struct Source {
     fd: OwnedFd,
     callback: Callback,
+    /// The 8 bytes of an eventfd or timerfd are taken before the callback; what else there may be to read
+    /// is the callback's.
+    counter: bool,
 }
 
 struct Inner {
@@ -70,6 +73,19 @@ pub fn event_id(fd: RawFd) -> u64 {
     number.unwrap_or(1 << 32 | fd as u64)
 }
 
+/// A descriptor of the caller's by its number.
+///
+/// # Errors
+/// EBADF.
+pub fn borrow(fd: RawFd) -> Result<BorrowedFd<'static>, Errno> {
+    // SAFETY: asks for a flag of whatever the number means.
+    if fd < 0 || unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+        return Err(Errno(libc::EBADF));
+    }
+    // SAFETY: open now. If the caller closes it meanwhile, calls on it fail.
+    Ok(unsafe { BorrowedFd::borrow_raw(fd) })
+}
+
 /// An eventfd that the guest's writes signal.
 pub struct EventFdEvent {
     fd: File,
@@ -84,6 +100,20 @@ impl EventFdEvent {
             fd: File::from(duplicate(fd)?),
             id,
         })
+    }
+}
+
+impl EventFdEvent {
+    /// An event on a duplicate of `fd`, which the caller says is an eventfd.
+    ///
+    /// # Errors
+    /// EINVAL when it is none.
+    pub fn checked(fd: &impl AsRawFd) -> Result<Self, Errno> {
+        let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+        if link.is_ok_and(|l| l.as_os_str() != "anon_inode:[eventfd]") {
+            return Err(Errno::EINVAL);
+        }
+        Self::new(fd)
     }
 }
 
@@ -126,11 +156,15 @@ impl Inner {
         Ok(())
     }
 
-    fn add(&self, fd: OwnedFd, callback: Callback) -> Result<u64, Errno> {
+    fn add(&self, fd: OwnedFd, callback: Callback, counter: bool) -> Result<u64, Errno> {
         let key = self.next.fetch_add(1, Ordering::Relaxed);
         let raw = fd.as_raw_fd();
-        self.sources()
-            .insert(key, Arc::new(Source { fd, callback }));
+        let source = Source {
+            fd,
+            callback,
+            counter,
+        };
+        self.sources().insert(key, Arc::new(source));
         if let Err(e) = self.watch(raw, key) {
             self.sources().remove(&key);
             return Err(e);
@@ -180,6 +214,10 @@ impl Inner {
                 let Some(source) = self.sources().get(&key).cloned() else {
                     continue;
                 };
+                if !source.counter {
+                    (source.callback)();
+                    continue;
+                }
                 let mut count = [0; 8];
                 // SAFETY: reads into a live buffer from a descriptor that `source` owns; eventfds
                 // and timerfds give 8 bytes.
@@ -263,7 +301,12 @@ impl EventLoop {
 
     /// Calls `callback` whenever the eventfd `fd` is signalled; a key to stop that with.
     pub fn add_eventfd(&self, fd: OwnedFd, callback: Callback) -> Result<u64, Errno> {
-        self.inner.add(fd, callback)
+        self.inner.add(fd, callback, true)
+    }
+
+    /// Calls `callback` as long as there is something to read from `fd`.
+    pub fn add_descriptor(&self, fd: OwnedFd, callback: Callback) -> Result<u64, Errno> {
+        self.inner.add(fd, callback, false)
     }
 
     /// Stops watching.
@@ -277,7 +320,7 @@ impl EventLoop {
         // SAFETY: makes a new descriptor.
         let fd = owned(unsafe { libc::timerfd_create(libc::CLOCK_MONOTONIC, flags) })?;
         let own = fd.try_clone().map_err(|_| Errno::ENOMEM)?;
-        let key = self.inner.add(fd, callback)?;
+        let key = self.inner.add(fd, callback, true)?;
         Ok(LoopTimer {
             fd: own,
             inner: self.inner.clone(),

@@ -13,6 +13,7 @@ mod exit;
 mod host;
 mod interrupt;
 mod native;
+pub mod process;
 mod system;
 mod vcpu;
 mod vm;

@@ -15,8 +15,8 @@
 use std::boxed::Box;
 use std::io;
 use std::mem::MaybeUninit;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Once;
+use std::sync::atomic::{AtomicI32, AtomicU64, AtomicUsize, Ordering};
 use std::vec;
 use x86emu::env::{HostCpu, NativeRegs};
 use x86emu::state::XsaveArea;
@@ -231,54 +231,55 @@ extern "C" fn on_fault(sig: i32, info: *mut libc::siginfo_t, context: *mut libc:
 
 /// Passes a signal that no stub raised on to the handler that was there before.
 fn chain(sig: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    let previous = SIGNALS
+    let handler = SIGNALS
         .iter()
         .position(|&s| s == sig)
-        .and_then(|i| PREVIOUS[i].get());
-    match previous {
-        Some(action)
-            if action.sa_sigaction != libc::SIG_DFL && action.sa_sigaction != libc::SIG_IGN =>
-        {
-            // SAFETY: the action was installed for this signal, and its flags say which signature
-            // the handler has.
-            unsafe {
-                if action.sa_flags & libc::SA_SIGINFO != 0 {
-                    let handler: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) =
-                        core::mem::transmute(action.sa_sigaction);
-                    handler(sig, info, context);
-                } else {
-                    let handler: extern "C" fn(i32) = core::mem::transmute(action.sa_sigaction);
-                    handler(sig);
-                }
-            }
-        }
+        .map_or(libc::SIG_DFL, |i| PREVIOUS[i].0.load(Ordering::Acquire));
+    if handler == libc::SIG_DFL || handler == libc::SIG_IGN {
         // The default action happens when the instruction is executed again.
         // SAFETY: a zeroed sigaction is SIG_DFL with an empty mask.
-        _ => unsafe {
+        unsafe {
             let default: libc::sigaction = core::mem::zeroed();
             libc::sigaction(sig, &default, core::ptr::null_mut());
-        },
+        }
+        return;
     }
+    // SAFETY: the handler was installed for this signal. One without SA_SIGINFO ignores the second and
+    // third argument, which are in registers.
+    let handler: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) =
+        unsafe { core::mem::transmute(handler) };
+    handler(sig, info, context);
 }
 
-const SIGNALS: [i32; 4] = [libc::SIGFPE, libc::SIGILL, libc::SIGSEGV, libc::SIGBUS];
-/// The handlers that were there before, in the order of [`SIGNALS`].
-static PREVIOUS: [OnceLock<libc::sigaction>; 4] = [const { OnceLock::new() }; 4];
+/// The signals whose handler is [`on_fault`] once [`install`] has run.
+pub const SIGNALS: [i32; 4] = [libc::SIGFPE, libc::SIGILL, libc::SIGSEGV, libc::SIGBUS];
+/// The program's handlers, in the order of [`SIGNALS`], with their flags and the first word of their mask.
+pub static PREVIOUS: [(AtomicUsize, AtomicI32, AtomicU64); 4] =
+    [const { (AtomicUsize::new(0), AtomicI32::new(0), AtomicU64::new(0)) }; 4];
 
-fn install() {
-    for (sig, previous) in SIGNALS.into_iter().zip(&PREVIOUS) {
-        previous.get_or_init(|| {
+/// Puts the fault handlers in place, once.
+pub fn install() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        for (sig, previous) in SIGNALS.into_iter().zip(&PREVIOUS) {
             let mut old = MaybeUninit::<libc::sigaction>::zeroed();
-            // SAFETY: the structures are initialised and the handler has the SA_SIGINFO signature.
+            // SAFETY: the structures are initialised and the handler has the SA_SIGINFO signature. What
+            // was there is known before the handler that passes on to it is in place.
             unsafe {
+                libc::sigaction(sig, core::ptr::null(), old.as_mut_ptr());
+                let old = old.assume_init();
+                previous.1.store(old.sa_flags, Ordering::Relaxed);
+                previous
+                    .2
+                    .store(core::mem::transmute_copy(&old.sa_mask), Ordering::Relaxed);
+                previous.0.store(old.sa_sigaction, Ordering::Release);
                 let mut action: libc::sigaction = core::mem::zeroed();
                 action.sa_sigaction = on_fault as *const () as usize;
                 action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
-                libc::sigaction(sig, &action, old.as_mut_ptr());
-                old.assume_init()
+                libc::sigaction(sig, &action, core::ptr::null_mut());
             }
-        });
-    }
+        }
+    });
 }
 
 impl Native {

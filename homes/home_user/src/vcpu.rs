@@ -12,6 +12,7 @@ use kvm_bindings::{
 };
 use kvm_core::run_page::RunPage;
 use kvm_core::vcpu::VcpuShared;
+use std::os::fd::{AsRawFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -25,14 +26,18 @@ unsafe impl Sync for Mapping {}
 
 impl Mapping {
     fn new() -> Result<Self, Errno> {
-        // SAFETY: a new anonymous mapping touches nothing that exists.
+        Self::of(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)
+    }
+
+    fn of(flags: libc::c_int, fd: RawFd) -> Result<Self, Errno> {
+        // SAFETY: a new mapping touches nothing that exists.
         let p = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
                 run::MMAP_SIZE,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-                -1,
+                flags,
+                fd,
                 0,
             )
         };
@@ -91,7 +96,19 @@ impl std::fmt::Debug for Vcpu {
 
 impl Vcpu {
     pub(crate) fn new(vm: &Arc<kvm_core::Vm>, id: u32) -> Result<Self, Errno> {
-        let mapping = Mapping::new()?;
+        Self::with(vm, id, Mapping::new()?)
+    }
+
+    /// A vCPU whose `kvm_run` is a file of [`run::MMAP_SIZE`] bytes that cannot shrink.
+    pub(crate) fn on_file(
+        vm: &Arc<kvm_core::Vm>,
+        id: u32,
+        file: &impl AsRawFd,
+    ) -> Result<Self, Errno> {
+        Self::with(vm, id, Mapping::of(libc::MAP_SHARED, file.as_raw_fd())?)
+    }
+
+    fn with(vm: &Arc<kvm_core::Vm>, id: u32, mapping: Mapping) -> Result<Self, Errno> {
         let core = vm.create_vcpu(id, mapping.page())?;
         let shared = core.shared().clone();
         Ok(Vcpu {
@@ -102,7 +119,11 @@ impl Vcpu {
         })
     }
 
-    fn core(&self) -> MutexGuard<'_, kvm_core::Vcpu> {
+    pub(crate) fn shared(&self) -> &VcpuShared {
+        &self.shared
+    }
+
+    pub(crate) fn core(&self) -> MutexGuard<'_, kvm_core::Vcpu> {
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

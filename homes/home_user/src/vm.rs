@@ -80,6 +80,19 @@ impl Vm {
         }
     }
 
+    pub(crate) fn core(&self) -> &Arc<kvm_core::Vm> {
+        &self.core
+    }
+
+    /// Calls `callback` on the VM's thread whenever `fd` is readable, as long as the VM lives.
+    pub(crate) fn on_readable(
+        &self,
+        fd: std::os::fd::OwnedFd,
+        callback: Box<dyn Fn() + Send + Sync>,
+    ) -> Result<(), Errno> {
+        self.host.events.add_descriptor(fd, callback).map(drop)
+    }
+
     /// KVM_CHECK_EXTENSION on the VM.
     pub fn check_extension_int(&self, capability: u32) -> i32 {
         cap::value(capability)

@@ -52,6 +52,12 @@ pub fn call(vcpu: &mut Vcpu, file: &dyn VcpuFile, cmd: u32, arg: u64) -> Answer 
         KVM_SET_TSC_KHZ => vcpu.set_tsc_khz(u32::try_from(arg).map_err(|_| Errno::EINVAL)?)?,
         KVM_KVMCLOCK_CTRL => vcpu.kvmclock_ctrl()?,
         KVM_SET_SIGNAL_MASK => signal_mask(file, arg)?,
+        KVM_SET_VAPIC_ADDR => {
+            // 0: no shadow of the task priority in guest memory, which is how it always is here.
+            let addr: u64 = get(file, arg)?;
+            vcpu.lapic()?;
+            no_argument(addr)?;
+        }
         KVM_ENABLE_CAP => {
             let c: kvm_enable_cap = get(file, arg)?;
             return caps::enable_on_vcpu(vcpu, &c);

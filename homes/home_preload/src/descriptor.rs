@@ -1,0 +1,83 @@
+//! ioctl, and the end of descriptors.
+
+use crate::real::{fail, real};
+use home_user::process;
+use libc::{c_int, c_uint, c_ulong, c_void};
+
+/// The type byte of KVM's ioctls (KVMIO).
+const KVMIO: c_ulong = 0xae;
+
+/// # Safety
+/// As the C library's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, arg: *mut c_void) -> c_int {
+    if (request >> 8) & 0xff == KVMIO
+        && process::in_use()
+        && let Some(answer) = process::ioctl(fd, request as u32, arg as u64)
+    {
+        return match answer {
+            Ok(value) => value as c_int,
+            Err(e) => fail(e.0),
+        };
+    }
+    real!(ioctl(fd, request, arg): fn(c_int, c_ulong, *mut c_void) -> c_int)
+}
+
+/// What is known of the descriptors is out of date.
+fn gone(first: c_int, last: c_int) {
+    if process::in_use() {
+        // SAFETY: the location of errno is the thread's own.
+        unsafe {
+            let errno = *libc::__errno_location();
+            process::closed(first, last);
+            *libc::__errno_location() = errno;
+        }
+    }
+}
+
+/// # Safety
+/// As the C library's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn close(fd: c_int) -> c_int {
+    let result = real!(close(fd): fn(c_int) -> c_int);
+    gone(fd, fd);
+    result
+}
+
+/// # Safety
+/// As the C library's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
+    let result = real!(close_range(first, last, flags): fn(c_uint, c_uint, c_int) -> c_int);
+    gone(
+        first.try_into().unwrap_or(c_int::MAX),
+        last.try_into().unwrap_or(c_int::MAX),
+    );
+    result
+}
+
+/// # Safety
+/// As the C library's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn closefrom(first: c_int) {
+    let _: c_int = real!(closefrom(first): fn(c_int) -> c_int);
+    gone(first.max(0), c_int::MAX);
+}
+
+/// # Safety
+/// As the C library's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn dup2(old: c_int, new: c_int) -> c_int {
+    let result = real!(dup2(old, new): fn(c_int, c_int) -> c_int);
+    gone(new, new);
+    result
+}
+
+/// # Safety
+/// As the C library's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn dup3(old: c_int, new: c_int, flags: c_int) -> c_int {
+    let result = real!(dup3(old, new, flags): fn(c_int, c_int, c_int) -> c_int);
+    gone(new, new);
+    result
+}

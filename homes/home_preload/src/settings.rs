@@ -1,0 +1,36 @@
+//! What `anykvm exec` has put into the environment.
+
+use home_user::{EngineKind, process};
+use std::sync::Once;
+
+/// Reads the environment, once, when `/dev/kvm` is first opened.
+pub fn apply() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let level = std::env::var("ANYKVM_LOG")
+            .ok()
+            .and_then(|level| level.parse().ok())
+            .unwrap_or(log::LevelFilter::Error);
+        if log::set_logger(&StandardError).is_ok() {
+            log::set_max_level(level);
+        }
+        match std::env::var("ANYKVM_ENGINE").as_deref() {
+            Ok("interp") => process::set_engine(EngineKind::Interp),
+            Ok("jit" | "auto") | Err(_) => {}
+            Ok(other) => log::error!("ANYKVM_ENGINE={other}: there is jit and interp; this is jit"),
+        }
+    });
+}
+
+struct StandardError;
+
+impl log::Log for StandardError {
+    fn enabled(&self, _: &log::Metadata) -> bool {
+        true
+    }
+    fn log(&self, record: &log::Record) {
+        let level = record.level().as_str().to_lowercase();
+        eprintln!("anykvm: {level}: {}", record.args());
+    }
+    fn flush(&self) {}
+}

@@ -1,0 +1,118 @@
+//! The memfds behind descriptors.
+#![expect(unsafe_code, reason = "memfd_create, fstat, seals")]
+
+use crate::events::last_errno;
+use kvm_abi::Errno;
+use std::ffi::CStr;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+/// Names of the memfds; `/proc/self/fd` shows them.
+pub const SYSTEM: &CStr = c"anykvm";
+pub const VM: &CStr = c"anykvm-vm";
+pub const VCPU: &CStr = c"anykvm-vcpu";
+
+/// An inode, for as long as it is open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FileId {
+    dev: u64,
+    ino: u64,
+}
+
+fn owned(fd: RawFd) -> Result<OwnedFd, Errno> {
+    if fd < 0 {
+        return Err(last_errno());
+    }
+    // SAFETY: a system call has just returned this descriptor, so nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// The inode behind a descriptor, if there is one.
+pub fn id_of(fd: RawFd) -> Option<FileId> {
+    let mut stat = MaybeUninit::<libc::stat>::uninit();
+    // SAFETY: the system call itself, past any stand-in for fstat; it fills the structure.
+    let stat = unsafe {
+        if libc::syscall(libc::SYS_fstat, fd, stat.as_mut_ptr()) != 0 {
+            return None;
+        }
+        stat.assume_init()
+    };
+    Some(FileId {
+        dev: stat.st_dev,
+        ino: stat.st_ino,
+    })
+}
+
+/// A memfd and the descriptor of it that the program gets. They are two openings of one file, so that the
+/// kernel says when the program's is closed for good.
+pub struct KvmFile {
+    /// Ours.
+    pub own: OwnedFd,
+    /// The program's.
+    pub given: OwnedFd,
+    /// Whether the two are separate openings.
+    pub watchable: bool,
+    pub id: FileId,
+}
+
+impl KvmFile {
+    /// A file of `size` bytes that nobody can resize.
+    ///
+    /// # Errors
+    /// EMFILE, ENFILE, ENOMEM.
+    pub fn new(name: &CStr, size: usize) -> Result<Self, Errno> {
+        // SAFETY: makes a new descriptor.
+        let own = owned(unsafe {
+            libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)
+        })?;
+        let fd = own.as_raw_fd();
+        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+        // SAFETY: plain calls on a descriptor that is ours.
+        unsafe {
+            if libc::ftruncate(fd, size as libc::off_t) != 0
+                || libc::fcntl(fd, libc::F_ADD_SEALS, seals) != 0
+            {
+                return Err(last_errno());
+            }
+        }
+        let id = id_of(fd).ok_or(Errno::ENOMEM)?;
+        let path = format!("/proc/self/fd/{fd}\0");
+        // SAFETY: the path ends with a zero byte.
+        let again = unsafe {
+            libc::syscall(
+                libc::SYS_openat,
+                libc::AT_FDCWD,
+                path.as_ptr(),
+                libc::O_RDWR | libc::O_CLOEXEC,
+            )
+        };
+        let (given, watchable) = match owned(again as RawFd) {
+            Ok(given) => (given, true),
+            // No /proc: then nobody will say when the descriptor is closed.
+            Err(Errno::ENOENT) => (own.try_clone().map_err(|_| Errno(libc::EMFILE))?, false),
+            Err(e) => return Err(e),
+        };
+        Ok(KvmFile {
+            own,
+            given,
+            watchable,
+            id,
+        })
+    }
+}
+
+/// Lets a descriptor survive execve.
+pub fn keep_on_exec(fd: &OwnedFd) {
+    // SAFETY: changes a flag of a descriptor that is ours.
+    unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, 0) };
+}
+
+/// What kind of memfd a descriptor is by its name, for those that this process did not make.
+pub fn named(fd: RawFd) -> Option<&'static CStr> {
+    let target = std::fs::read_link(format!("/proc/self/fd/{fd}")).ok()?;
+    let name = target.to_str()?.strip_prefix("/memfd:")?;
+    let name = name.strip_suffix(" (deleted)").unwrap_or(name);
+    [SYSTEM, VM, VCPU]
+        .into_iter()
+        .find(|n| n.to_bytes() == name.as_bytes())
+}

@@ -1,0 +1,116 @@
+//! `/dev/kvm` for a whole process: descriptors and ioctls, for programs that know nothing of AnyKVM.
+//!
+//! Every KVM object is behind a real descriptor, of a memfd, so that dup, fork, exec, poll, passing over
+//! sockets and the `mmap` of a vCPU are the kernel's business. A descriptor is recognised by its inode.
+//! When the last one is closed, or the last mapping of it is gone, inotify says so, and the object goes.
+//!
+//! Someone has to bring the program's calls here: [`open`] for `/dev/kvm`, [`ioctl`], [`closed`] as soon as a
+//! descriptor may be gone, [`signals::program_sigaction`].
+#![expect(unsafe_code, reason = "descriptors as system calls know them")]
+
+mod files;
+mod memory;
+mod objects;
+pub mod signals;
+mod table;
+
+use crate::system::EngineKind;
+use kvm_abi::Errno;
+use objects::Object;
+use std::os::fd::{IntoRawFd, RawFd};
+use std::sync::atomic::{AtomicU8, Ordering};
+
+/// The engine of new VMs: 0 the translator, 1 the interpreter.
+static ENGINE: AtomicU8 = AtomicU8::new(0);
+
+/// Chooses the engine of VMs made from now on.
+pub fn set_engine(engine: EngineKind) {
+    ENGINE.store(u8::from(engine == EngineKind::Interp), Ordering::Relaxed);
+}
+
+fn engine() -> EngineKind {
+    match ENGINE.load(Ordering::Relaxed) {
+        0 => EngineKind::Jit,
+        _ => EngineKind::Interp,
+    }
+}
+
+/// Opens `/dev/kvm`.
+///
+/// # Errors
+/// EMFILE, ENFILE, ENOMEM.
+pub fn open(close_on_exec: bool) -> Result<RawFd, Errno> {
+    let file = files::KvmFile::new(files::SYSTEM, 0)?;
+    let fd = table::publish(file, Object::System)?;
+    if !close_on_exec {
+        files::keep_on_exec(&fd);
+    }
+    Ok(fd.into_raw_fd())
+}
+
+/// An ioctl on `fd`; `None` when it is not a descriptor of ours.
+pub fn ioctl(fd: RawFd, cmd: u32, arg: u64) -> Option<Result<u64, Errno>> {
+    let object = match table::find(fd) {
+        table::Found::Ours(object) => object,
+        table::Found::Foreign => return Some(Err(Errno::EIO)),
+        table::Found::Nothing => return None,
+    };
+    Some(object.ioctl(cmd, arg))
+}
+
+/// What a descriptor is, for fstat.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// `/dev/kvm`.
+    System,
+    /// A VM, a vCPU, statistics.
+    Other,
+}
+
+/// Whether `fd` is one of ours.
+pub fn kind(fd: RawFd) -> Option<Kind> {
+    match table::find(fd) {
+        table::Found::Ours(object) => Some(match *object {
+            Object::System => Kind::System,
+            _ => Kind::Other,
+        }),
+        _ => None,
+    }
+}
+
+/// Whether this process has or had any descriptor of ours: without one there is nothing to look for.
+pub fn in_use() -> bool {
+    table::in_use()
+}
+
+/// Descriptors `first` to `last` have been closed or replaced: what is known of them is forgotten, and
+/// objects without descriptors go.
+pub fn closed(first: RawFd, last: RawFd) {
+    table::closed(first, last);
+}
+
+extern "C" fn before_fork() {
+    table::before_fork();
+}
+extern "C" fn after_fork_parent() {
+    table::after_fork(false);
+}
+extern "C" fn after_fork_child() {
+    table::after_fork(true);
+}
+
+/// Makes a child of fork know that the VMs are its parent's.
+fn watch_forks() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        // SAFETY: the functions have the right type and are async-signal-safe enough: they take a lock that
+        // is held for short times only, and never by the thread that forks.
+        unsafe {
+            libc::pthread_atfork(
+                Some(before_fork),
+                Some(after_fork_parent),
+                Some(after_fork_child),
+            );
+        }
+    });
+}

@@ -1,0 +1,177 @@
+//! What is behind the descriptors: `/dev/kvm`, VMs, vCPUs.
+
+use super::files::{self, KvmFile};
+use super::signals::{self, RunMask};
+use super::{engine, memory, table};
+use crate::events::EventFdEvent;
+use crate::host::Bare;
+use crate::interrupt::Running;
+use crate::system::System;
+use crate::vcpu::Vcpu;
+use crate::vm::Vm;
+use kvm_abi::ioctl::KVM_RUN;
+use kvm_abi::{Errno, irqfd_flag, kvm_irqfd, run};
+use kvm_core::host::{Event, Host};
+use kvm_core::ioctl::{self, Answer, Caller, SystemFile, VcpuFile, VmFile};
+use std::os::fd::{BorrowedFd, IntoRawFd, RawFd};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// A KVM object.
+pub enum Object {
+    /// `/dev/kvm`.
+    System,
+    /// A VM.
+    Vm(VmObject),
+    /// A vCPU.
+    Vcpu(Box<VcpuObject>),
+}
+
+impl Object {
+    /// Answers an ioctl.
+    pub fn ioctl(&self, cmd: u32, arg: u64) -> Answer {
+        match self {
+            Object::System => ioctl::system::call(&SystemObject, cmd, arg),
+            Object::Vm(vm) => ioctl::vm::call(vm, cmd, arg),
+            Object::Vcpu(vcpu) => vcpu.ioctl(cmd, arg),
+        }
+    }
+}
+
+macro_rules! own_memory {
+    ($($name:ty)*) => {
+        $(impl Caller for $name {
+            fn read(&self, addr: u64, out: &mut [u8]) -> Result<(), Errno> {
+                memory::read(addr, out)
+            }
+            fn write(&self, addr: u64, data: &[u8]) -> Result<(), Errno> {
+                memory::write(addr, data)
+            }
+        })*
+    };
+}
+own_memory!(SystemObject VmObject VcpuObject);
+
+struct SystemObject;
+
+impl SystemFile for SystemObject {
+    fn host(&self) -> &dyn Host {
+        &Bare
+    }
+
+    fn create_vm(&self) -> Answer {
+        // The threads that a VM needs are not the program's: they take none of its signals.
+        let mask = signals::block_all();
+        let vm = System::new(engine()).and_then(|system| system.create_vm());
+        signals::restore_mask(mask);
+        let vm = Arc::new(vm?);
+        signals::activate();
+        let file = KvmFile::new(files::VM, 0)?;
+        let fd = table::publish(file, Object::Vm(VmObject(vm.clone())))?;
+        if let Some(watcher) = table::watcher() {
+            vm.on_readable(watcher, Box::new(table::collect))?;
+        }
+        Ok(fd.into_raw_fd() as u64)
+    }
+}
+
+/// A VM.
+pub struct VmObject(Arc<Vm>);
+
+/// A descriptor's number, checked to be one.
+fn borrowed(fd: RawFd) -> Result<BorrowedFd<'static>, Errno> {
+    crate::events::borrow(fd)
+}
+
+impl VmFile for VmObject {
+    fn vm(&self) -> &Arc<kvm_core::Vm> {
+        self.0.core()
+    }
+
+    fn create_vcpu(&self, id: u32) -> Answer {
+        let file = KvmFile::new(files::VCPU, run::MMAP_SIZE)?;
+        let vcpu = Vcpu::on_file(self.0.core(), id, &file.own)?;
+        let object = VcpuObject {
+            vcpu,
+            _vm: self.0.clone(),
+            signal_mask: Mutex::new(None),
+        };
+        let fd = table::publish(file, Object::Vcpu(Box::new(object)))?;
+        Ok(fd.into_raw_fd() as u64)
+    }
+
+    fn event(&self, fd: i32) -> Result<Arc<dyn Event>, Errno> {
+        Ok(Arc::new(EventFdEvent::checked(&borrowed(fd)?)?))
+    }
+
+    fn assign_irqfd(&self, irqfd: &kvm_irqfd) -> Result<(), Errno> {
+        let fd = borrowed(irqfd.fd as RawFd)?;
+        EventFdEvent::checked(&fd)?;
+        if irqfd.flags & irqfd_flag::RESAMPLE != 0 {
+            let resample = borrowed(irqfd.resamplefd as RawFd)?;
+            EventFdEvent::checked(&resample)?;
+            self.0
+                .register_irqfd_with_resample(&fd, &resample, irqfd.gsi)
+        } else {
+            self.0.register_irqfd(&fd, irqfd.gsi)
+        }
+    }
+
+    fn deassign_irqfd(&self, irqfd: &kvm_irqfd) -> Result<(), Errno> {
+        let fd = borrowed(irqfd.fd as RawFd)?;
+        EventFdEvent::checked(&fd)?;
+        self.0.unregister_irqfd(&fd, irqfd.gsi)
+    }
+
+    fn stats_fd(&self) -> Answer {
+        Err(Errno::ENOTTY)
+    }
+}
+
+/// A vCPU.
+pub struct VcpuObject {
+    vcpu: Vcpu,
+    /// A vCPU keeps its VM.
+    _vm: Arc<Vm>,
+    signal_mask: Mutex<Option<u64>>,
+}
+
+impl VcpuObject {
+    fn ioctl(&self, cmd: u32, arg: u64) -> Answer {
+        let mut core = self.vcpu.core();
+        if cmd != KVM_RUN {
+            return ioctl::vcpu::call(&mut core, self, cmd, arg);
+        }
+        let wanted = *self
+            .signal_mask
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let running = Running::new(self.vcpu.shared());
+        let mask = RunMask::enter(wanted);
+        let answer = ioctl::vcpu::call(&mut core, self, cmd, arg);
+        drop(running);
+        if mask.deferred() {
+            // The exit came first: the signal must not end the next run too.
+            self.vcpu.shared().cancel_user_kick();
+        }
+        drop(core);
+        mask.leave();
+        answer
+    }
+}
+
+impl VcpuFile for VcpuObject {
+    fn set_signal_mask(&self, mask: Option<u64>) -> Result<(), Errno> {
+        if let Some(mask) = mask {
+            signals::catch_unmasked(mask);
+        }
+        *self
+            .signal_mask
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = mask;
+        Ok(())
+    }
+
+    fn stats_fd(&self) -> Answer {
+        Err(Errno::ENOTTY)
+    }
+}

@@ -1,0 +1,345 @@
+//! Signals of a program that believes in `/dev/kvm`.
+//!
+//! KVM ends KVM_RUN with EINTR when a signal is pending, and the program's handler runs when the system
+//! call has returned. Here guest code runs on the thread itself, so a signal would interrupt the engine
+//! in the middle. Once a process has a VM, each of the program's handlers is therefore behind a
+//! trampoline. On a thread that is in KVM_RUN it sends the signal to the thread once more, blocked this
+//! time, and kicks the vCPU; when KVM_RUN is over the signal is unblocked and the handler runs, outside of
+//! any lock and free to do what it likes, a jump out of it included.
+//!
+//! Until there is a VM nothing is changed. Faults (SIGSEGV, SIGBUS, SIGFPE, SIGILL) are the engine's first,
+//! then the program's.
+#![expect(
+    unsafe_code,
+    reason = "signal handlers; everything here is async-signal-safe"
+)]
+
+use crate::interrupt::interrupt_current;
+use crate::native;
+use std::cell::Cell;
+use std::mem::{transmute_copy, zeroed};
+use std::ptr;
+use std::sync::Once;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
+
+/// sigaction(2), not ours.
+pub type RealSigaction =
+    unsafe extern "C" fn(i32, *const libc::sigaction, *mut libc::sigaction) -> i32;
+
+/// Signals are 1 to 64.
+const LAST: i32 = 64;
+/// What the C library uses itself.
+const INTERNAL: [i32; 2] = [32, 33];
+
+/// A program's action for one signal.
+struct Action {
+    handler: AtomicUsize,
+    flags: AtomicI32,
+    mask: AtomicU64,
+}
+
+static ACTIONS: [Action; LAST as usize + 1] = [const {
+    Action {
+        handler: AtomicUsize::new(libc::SIG_DFL),
+        flags: AtomicI32::new(0),
+        mask: AtomicU64::new(0),
+    }
+}; LAST as usize + 1];
+/// Trampolines are in place.
+static ACTIVE: AtomicBool = AtomicBool::new(false);
+/// The real sigaction, a function.
+static REAL: AtomicUsize = AtomicUsize::new(0);
+
+thread_local! {
+    /// Our own code is installing handlers: the program's table is not meant.
+    static BYPASS: Cell<bool> = const { Cell::new(false) };
+    /// Signals that were put off on this thread, a bit each.
+    static DEFERRED: Cell<u64> = const { Cell::new(0) };
+}
+
+/// A signal set's bit.
+fn bit(sig: i32) -> u64 {
+    1 << (sig - 1)
+}
+
+/// Says where the real sigaction is, for homes that stand in front of it.
+pub fn set_real_sigaction(real: RealSigaction) {
+    REAL.store(real as usize, Ordering::Release);
+}
+
+fn real(sig: i32, new: *const libc::sigaction, old: *mut libc::sigaction) -> i32 {
+    let f = REAL.load(Ordering::Acquire);
+    if f == 0 {
+        // SAFETY: the arguments are sigaction's.
+        return unsafe { libc::sigaction(sig, new, old) };
+    }
+    // SAFETY: `set_real_sigaction` stored a function of this type.
+    unsafe { std::mem::transmute::<usize, RealSigaction>(f)(sig, new, old) }
+}
+
+/// Puts fault handlers and trampolines in place, once per process.
+pub(crate) fn activate() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        BYPASS.set(true);
+        native::install();
+        engine_jit::install_handlers();
+        BYPASS.set(false);
+        for sig in 1..=LAST {
+            if is_fault(sig) || INTERNAL.contains(&sig) {
+                continue;
+            }
+            // SAFETY: zeroed is a valid sigaction, and the call fills it.
+            let mut old: libc::sigaction = unsafe { zeroed() };
+            if real(sig, ptr::null(), &mut old) != 0 {
+                continue;
+            }
+            remember(sig, &old);
+            if is_function(old.sa_sigaction) {
+                real(sig, &wrapped(&old), ptr::null_mut());
+            }
+        }
+        ACTIVE.store(true, Ordering::Release);
+    });
+}
+
+fn is_fault(sig: i32) -> bool {
+    native::SIGNALS.contains(&sig)
+}
+
+fn is_function(handler: usize) -> bool {
+    handler != libc::SIG_DFL && handler != libc::SIG_IGN
+}
+
+fn remember(sig: i32, action: &libc::sigaction) {
+    let slot = &ACTIONS[sig as usize];
+    slot.flags.store(action.sa_flags, Ordering::Relaxed);
+    slot.mask
+        .store(first_word(&action.sa_mask), Ordering::Relaxed);
+    slot.handler.store(action.sa_sigaction, Ordering::Release);
+}
+
+fn first_word(mask: &libc::sigset_t) -> u64 {
+    // SAFETY: the set is 128 bytes, its first 64 bits are the signals that there are.
+    unsafe { transmute_copy(mask) }
+}
+
+fn set_of(word: u64) -> libc::sigset_t {
+    // SAFETY: any bits are a valid set; the first word is the one in use.
+    unsafe {
+        let mut set: libc::sigset_t = zeroed();
+        ptr::from_mut(&mut set).cast::<u64>().write(word);
+        set
+    }
+}
+
+/// The action with the trampoline for its handler.
+fn wrapped(action: &libc::sigaction) -> libc::sigaction {
+    let mut own = *action;
+    own.sa_sigaction = trampoline as *const () as usize;
+    own.sa_flags = own.sa_flags & !libc::SA_RESETHAND | libc::SA_SIGINFO;
+    own
+}
+
+fn action_of(handler: usize, flags: i32, mask: u64) -> libc::sigaction {
+    // SAFETY: zeroed is a valid sigaction.
+    let mut action: libc::sigaction = unsafe { zeroed() };
+    action.sa_sigaction = handler;
+    action.sa_flags = flags;
+    action.sa_mask = set_of(mask);
+    action
+}
+
+/// sigaction(2) as the program sees it.
+///
+/// # Safety
+/// As sigaction: the pointers are null or valid.
+pub unsafe fn program_sigaction(
+    sig: i32,
+    new: *const libc::sigaction,
+    old: *mut libc::sigaction,
+) -> i32 {
+    if !ACTIVE.load(Ordering::Acquire) || BYPASS.get() || !(1..=LAST).contains(&sig) {
+        return real(sig, new, old);
+    }
+    // Where the program's action is kept: handler, flags, mask.
+    let (handler, flags, mask) = match native::SIGNALS.iter().position(|&s| s == sig) {
+        Some(i) => {
+            let p = &native::PREVIOUS[i];
+            (&p.0, &p.1, &p.2)
+        }
+        None => {
+            let a = &ACTIONS[sig as usize];
+            (&a.handler, &a.flags, &a.mask)
+        }
+    };
+    let before = action_of(
+        handler.load(Ordering::Acquire),
+        flags.load(Ordering::Relaxed),
+        mask.load(Ordering::Relaxed),
+    );
+    // SAFETY: the caller promises that the pointer is null or valid.
+    if let Some(new) = unsafe { new.as_ref() } {
+        let installed = if is_fault(sig) {
+            0
+        } else if is_function(new.sa_sigaction) {
+            real(sig, &wrapped(new), ptr::null_mut())
+        } else {
+            real(sig, new, ptr::null_mut())
+        };
+        if installed != 0 {
+            return installed;
+        }
+        flags.store(new.sa_flags, Ordering::Relaxed);
+        mask.store(first_word(&new.sa_mask), Ordering::Relaxed);
+        handler.store(new.sa_sigaction, Ordering::Release);
+    }
+    // SAFETY: as above.
+    if let Some(old) = unsafe { old.as_mut() } {
+        *old = before;
+    }
+    0
+}
+
+/// What the kernel calls in place of the program's handlers.
+extern "C" fn trampoline(sig: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    if interrupt_current() {
+        defer(sig, info, context);
+        return;
+    }
+    let slot = &ACTIONS[sig as usize];
+    let handler = slot.handler.load(Ordering::Acquire);
+    if handler == libc::SIG_IGN {
+        return;
+    }
+    if handler == libc::SIG_DFL {
+        // A signal that only KVM_SET_SIGNAL_MASK lets through, elsewhere: what it does by default.
+        real(sig, &action_of(libc::SIG_DFL, 0, 0), ptr::null_mut());
+        resend(sig, info);
+        return;
+    }
+    if slot.flags.load(Ordering::Relaxed) & libc::SA_RESETHAND != 0 {
+        slot.handler.store(libc::SIG_DFL, Ordering::Release);
+        real(sig, &action_of(libc::SIG_DFL, 0, 0), ptr::null_mut());
+    }
+    // SAFETY: the program installed the handler for this signal. One without SA_SIGINFO ignores the second
+    // and third argument, which are in registers.
+    let handler: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) =
+        unsafe { std::mem::transmute(handler) };
+    handler(sig, info, context);
+}
+
+/// Sends the signal to this thread again.
+fn resend(sig: i32, info: *mut libc::siginfo_t) {
+    // SAFETY: `info` is what the kernel handed to the handler; a thread may send itself any siginfo. The
+    // location of errno is the thread's own.
+    unsafe {
+        let errno = libc::__errno_location();
+        let before = *errno;
+        libc::syscall(
+            libc::SYS_rt_tgsigqueueinfo,
+            libc::getpid(),
+            libc::gettid(),
+            sig,
+            info,
+        );
+        *errno = before;
+    }
+}
+
+/// Puts a signal off until KVM_RUN is over.
+fn defer(sig: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    set_mask(libc::SIG_BLOCK, bit(sig));
+    resend(sig, info);
+    DEFERRED.set(DEFERRED.get() | bit(sig));
+    // SAFETY: the kernel passes a valid context; the mask in it is the thread's when the handler returns.
+    unsafe {
+        let mask = &raw mut (*context.cast::<libc::ucontext_t>()).uc_sigmask;
+        let mask = mask.cast::<u64>();
+        mask.write_unaligned(mask.read_unaligned() | bit(sig));
+    }
+}
+
+fn set_mask(how: i32, word: u64) -> u64 {
+    let mut before = set_of(0);
+    // SAFETY: both sets outlive the call. The system call itself: the C library's function would take
+    // its own signals out of the set.
+    unsafe {
+        libc::syscall(libc::SYS_rt_sigprocmask, how, &word, &raw mut before, 8);
+    }
+    first_word(&before)
+}
+
+/// Blocks every signal on this thread; gives the mask to [`restore_mask`].
+pub(crate) fn block_all() -> u64 {
+    set_mask(libc::SIG_SETMASK, !0)
+}
+
+/// Undoes [`block_all`].
+pub(crate) fn restore_mask(mask: u64) {
+    set_mask(libc::SIG_SETMASK, mask);
+}
+
+/// KVM_RUN's signal mask while it lives.
+pub(crate) struct RunMask {
+    /// The thread's own, where KVM_SET_SIGNAL_MASK has set another.
+    outer: Option<u64>,
+}
+
+impl RunMask {
+    /// Sets the mask of KVM_SET_SIGNAL_MASK, if there is one. The thread must count as running a vCPU already.
+    pub fn enter(mask: Option<u64>) -> Self {
+        RunMask {
+            outer: mask.map(|m| set_mask(libc::SIG_SETMASK, m)),
+        }
+    }
+
+    /// Whether signals were put off.
+    pub fn deferred(&self) -> bool {
+        DEFERRED.get() != 0
+    }
+
+    /// Back to the thread's own mask, now that the thread does not count as running a vCPU any more:
+    /// signals that were put off arrive.
+    pub fn leave(self) {
+        let deferred = DEFERRED.replace(0);
+        match self.outer {
+            Some(outer) => {
+                set_mask(libc::SIG_SETMASK, outer);
+            }
+            None if deferred != 0 => {
+                set_mask(libc::SIG_UNBLOCK, deferred);
+            }
+            None => {}
+        }
+    }
+}
+
+/// KVM_SET_SIGNAL_MASK: signals that it lets through must end KVM_RUN even if they have no handler, so they
+/// get the trampoline.
+pub(crate) fn catch_unmasked(mask: u64) {
+    for sig in 1..=LAST {
+        let skip = is_fault(sig)
+            || INTERNAL.contains(&sig)
+            || mask & bit(sig) != 0
+            || matches!(
+                sig,
+                libc::SIGKILL
+                    | libc::SIGSTOP
+                    | libc::SIGTSTP
+                    | libc::SIGTTIN
+                    | libc::SIGTTOU
+                    | libc::SIGCONT
+                    | libc::SIGCHLD
+                    | libc::SIGURG
+                    | libc::SIGWINCH
+            );
+        if !skip && ACTIONS[sig as usize].handler.load(Ordering::Acquire) == libc::SIG_DFL {
+            real(
+                sig,
+                &wrapped(&action_of(libc::SIG_DFL, 0, 0)),
+                ptr::null_mut(),
+            );
+        }
+    }
+}
