@@ -48,28 +48,37 @@ impl DirtyLog {
         self.words.len()
     }
 
-    /// Marks `page` (counted from the start of the slot); pages beyond the slot are ignored.
-    pub fn mark(&self, page: u64) {
+    /// Marks `page` (counted from the start of the slot); pages beyond the slot are ignored. `true`: it
+    /// was clean.
+    pub fn mark(&self, page: u64) -> bool {
         let Some(word) = self.words.get((page / 64) as usize) else {
-            return;
+            return false;
         };
         let bit = 1 << (page % 64);
         // A plain load first: most writes hit pages that are dirty already, and an atomic
         // read-modify-write would bounce the cache line between vCPUs.
-        if word.load(Ordering::Relaxed) & bit == 0 {
-            word.fetch_or(bit, Ordering::AcqRel);
-        }
+        word.load(Ordering::Relaxed) & bit == 0 && word.fetch_or(bit, Ordering::AcqRel) & bit == 0
     }
 
-    /// Marks the pages that `len` bytes at byte `offset` touch.
-    pub fn mark_range(&self, offset: u64, len: u64) {
+    /// Marks the pages that `len` bytes at byte `offset` touch; `newly` gets those that were clean.
+    pub fn mark_range(&self, offset: u64, len: u64, mut newly: impl FnMut(u64)) {
         if len == 0 {
             return;
         }
         let last = offset.saturating_add(len - 1) / crate::PAGE_SIZE;
         for page in offset / crate::PAGE_SIZE..=last.min(self.pages) {
-            self.mark(page);
+            if self.mark(page) {
+                newly(page);
+            }
         }
+    }
+
+    /// Makes `page` clean again; `true`: it was dirty.
+    pub fn unmark(&self, page: u64) -> bool {
+        let bit = 1 << (page % 64);
+        self.words
+            .get((page / 64) as usize)
+            .is_some_and(|word| word.fetch_and(!bit, Ordering::AcqRel) & bit != 0)
     }
 
     /// Appends the bitmap to `out`; with `clear`, every bit that is given out is cleared. `false`: no
@@ -89,9 +98,11 @@ impl DirtyLog {
     }
 
     /// Clears the bits that are set in `bitmap`, whose bit 0 stands for page `first`
-    /// (KVM_CLEAR_DIRTY_LOG; `first` is a multiple of 64). Pages past `count` are left alone.
-    pub fn clear(&self, first: u64, count: u64, bitmap: &[u64]) {
+    /// (KVM_CLEAR_DIRTY_LOG; `first` is a multiple of 64). Pages past `count` are left alone. `true`: some
+    /// bit was set.
+    pub fn clear(&self, first: u64, count: u64, bitmap: &[u64]) -> bool {
         let start = (first / 64) as usize;
+        let mut any = false;
         for (i, &mask) in bitmap.iter().enumerate() {
             let done = i as u64 * 64;
             if done >= count {
@@ -101,10 +112,13 @@ impl DirtyLog {
                 n @ 0..64 => mask & ((1 << n) - 1),
                 _ => mask,
             };
-            if let Some(word) = self.words.get(start + i) {
-                word.fetch_and(!mask, Ordering::AcqRel);
+            if mask != 0
+                && let Some(word) = self.words.get(start + i)
+            {
+                any |= word.fetch_and(!mask, Ordering::AcqRel) & mask != 0;
             }
         }
+        any
     }
 }
 
@@ -116,16 +130,21 @@ mod tests {
     #[test]
     fn mark_fetch_clear() {
         let log = DirtyLog::new(130, false).unwrap();
-        log.mark(0);
+        assert!(log.mark(0) && !log.mark(0));
         log.mark(129);
-        log.mark(500);
-        log.mark_range(4096 * 3 + 4000, 200);
+        assert!(!log.mark(500));
+        log.mark(3);
+        let mut newly = Vec::new();
+        log.mark_range(4096 * 3 + 4000, 200, |page| newly.push(page));
+        assert_eq!(newly, [4]);
         let mut out = Vec::new();
         assert!(log.fetch(&mut out, true));
         assert_eq!(out, vec![0b11001, 0, 2]);
         out.clear();
         assert!(log.fetch(&mut out, true));
         assert_eq!(out, vec![0, 0, 0]);
+        log.mark(64);
+        assert!(log.unmark(64) && !log.unmark(64) && !log.unmark(500));
     }
 
     #[test]
@@ -134,7 +153,7 @@ mod tests {
         let mut out = Vec::new();
         log.fetch(&mut out, false);
         assert_eq!(out, vec![u64::MAX, 1]);
-        log.clear(0, 3, &[u64::MAX]);
+        assert!(log.clear(0, 3, &[u64::MAX]) && !log.clear(0, 3, &[7]));
         out.clear();
         log.fetch(&mut out, false);
         assert_eq!(out, vec![u64::MAX << 3, 1]);

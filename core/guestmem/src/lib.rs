@@ -20,7 +20,7 @@ pub mod probe;
 
 pub use access::{copy_from_guest, copy_to_guest, exchange_guest};
 pub use dirty::DirtyLog;
-pub use slots::{Change, MemSlot, MemView, Region, RegionError, SlotHint, flags};
+pub use slots::{Change, MAX_SLOTS, MemSlot, MemView, Region, RegionError, SlotHint, flags};
 
 /// Bytes per page of guest memory as KVM counts it.
 pub const PAGE_SIZE: u64 = 4096;

@@ -13,7 +13,8 @@ pub mod flags {
     pub const READONLY: u32 = 2;
 }
 
-/// Highest slot number plus one, as KVM_CAP_NR_MEMSLOTS reports it.
+/// Highest slot number plus one, as KVM_CAP_NR_MEMSLOTS reports it. The upper half of a number is the address
+/// space, which whoever has several of these views minds.
 pub const MAX_SLOTS: u32 = 32764;
 const MAX_PAGES: u64 = (1 << 31) - 1;
 /// User-space addresses end here on x86-64 with four-level paging.
@@ -43,9 +44,6 @@ impl MemSlot {
     }
     fn contains(&self, gpa: u64) -> bool {
         gpa.wrapping_sub(self.gpa) < self.size
-    }
-    fn overlaps(&self, gpa: u64, size: u64) -> bool {
-        gpa < self.gpa + self.size && self.gpa < gpa + size
     }
 }
 
@@ -134,13 +132,25 @@ impl MemView {
     /// A host pointer to `len` bytes at `gpa`, if one slot holds them all and, for `write`, is
     /// writable; `write` marks them dirty.
     pub fn host_ptr(&self, gpa: u64, len: usize, write: bool, hint: &SlotHint) -> Option<*mut u8> {
+        self.host_ptr_telling(gpa, len, write, hint, |_, _| {})
+    }
+
+    /// [`Self::host_ptr`]; `newly` gets each page that this makes dirty: slot and page within it.
+    pub fn host_ptr_telling(
+        &self,
+        gpa: u64,
+        len: usize,
+        write: bool,
+        hint: &SlotHint,
+        mut newly: impl FnMut(u32, u64),
+    ) -> Option<*mut u8> {
         let slot = self.find(gpa, hint)?;
         let offset = gpa - slot.gpa;
         if slot.size - offset < len as u64 || (write && slot.read_only()) {
             return None;
         }
         if write && let Some(log) = &slot.dirty {
-            log.mark_range(offset, len as u64);
+            log.mark_range(offset, len as u64, |page| newly(slot.id, page));
         }
         Some(core::ptr::with_exposed_provenance_mut(
             (slot.hva + offset) as usize,
@@ -161,7 +171,7 @@ impl MemView {
         use RegionError::Invalid;
         if region.flags & !(flags::LOG_DIRTY_PAGES | flags::READONLY) != 0
             || !(region.size | region.gpa | region.hva).is_multiple_of(PAGE_SIZE)
-            || region.slot >= MAX_SLOTS
+            || region.slot & 0xffff >= MAX_SLOTS
             || region.size / PAGE_SIZE > MAX_PAGES
         {
             return Err(Invalid);
@@ -200,10 +210,14 @@ impl MemView {
                 }
             }
         };
-        if self
-            .slots
+        // Slots are sorted and do not overlap each other: only those that begin before the region's end
+        // and not before the last one in front of it can.
+        let before = self.slots.partition_point(|s| s.gpa < gpa_end);
+        if self.slots[..before]
             .iter()
-            .any(|s| s.id != region.slot && s.overlaps(region.gpa, region.size))
+            .rev()
+            .take_while(|s| s.id == region.slot || s.gpa + s.size > region.gpa)
+            .any(|s| s.id != region.slot)
         {
             return Err(RegionError::Overlap);
         }
@@ -306,6 +320,23 @@ mod tests {
         assert_eq!(bad(|r| r.hva = 1 << 63), RegionError::Invalid);
         assert_eq!(bad(|r| r.gpa = 0x1f000), RegionError::Overlap);
         assert_eq!(bad(|r| r.gpa = 0x1000), RegionError::Overlap);
+        assert_eq!(bad(|r| r.gpa = 0x10000), RegionError::Overlap);
+        let covers = |r: &mut Region| (r.gpa, r.size) = (0, 0x10_0000);
+        assert_eq!(bad(covers), RegionError::Overlap);
+        let inside = |r: &mut Region| (r.gpa, r.size) = (0x12000, 0x1000);
+        assert_eq!(bad(inside), RegionError::Overlap);
+        // Right behind and right in front of it there is room.
+        let mut around = v.clone();
+        assert_eq!(set(&mut around, &region(1, 0x20000, 1)), Ok(Change::Create));
+        assert_eq!(set(&mut around, &region(2, 0xf000, 1)), Ok(Change::Create));
+        // A slot may move over its own old place.
+        let mut moved = region(0, 0x11000, 16);
+        moved.hva = 0x7000_0001_0000;
+        assert_eq!(set(&mut around, &moved), Err(RegionError::Overlap));
+        moved.gpa = 0x10_8000;
+        assert_eq!(set(&mut around, &moved), Ok(Change::Move));
+        moved.gpa = 0x10_0000;
+        assert_eq!(set(&mut around, &moved), Ok(Change::Move));
         // The size, the memory and the read-only flag of a slot stay.
         let mut r = region(0, 0x10000, 8);
         assert_eq!(set(&mut v, &r), Err(RegionError::Invalid));

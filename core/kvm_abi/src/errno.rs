@@ -5,6 +5,7 @@
 pub struct Errno(pub i32);
 
 impl Errno {
+    pub const EPERM: Errno = Errno(1);
     pub const ENOENT: Errno = Errno(2);
     pub const EINTR: Errno = Errno(4);
     pub const EIO: Errno = Errno(5);
@@ -23,6 +24,7 @@ impl Errno {
 
     fn name(self) -> &'static str {
         match self {
+            Self::EPERM => "EPERM",
             Self::ENOENT => "ENOENT",
             Self::EINTR => "EINTR",
             Self::EIO => "EIO",

@@ -43,6 +43,17 @@ impl IoapicVectors {
         }
     }
 
+    /// Takes other vectors instead; one that stays is never missing.
+    fn replace(&self, vectors: impl Iterator<Item = u8>) {
+        let mut bits = [0; 4];
+        for vector in vectors {
+            bits[usize::from(vector / 64)] |= 1 << (vector % 64);
+        }
+        for (word, bits) in self.0.iter().zip(bits) {
+            word.store(bits, Ordering::Release);
+        }
+    }
+
     fn set(&self, redirection: &[u64]) {
         for (word, bits) in self.0.iter().zip(Self::bits(redirection)) {
             word.store(bits, Ordering::Release);
@@ -59,12 +70,26 @@ impl IoapicVectors {
     }
 }
 
+/// How messages that no vCPU sends are read and delivered (KVM_CAP_X2APIC_API).
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Addressing {
+    /// Destinations have 32 bits.
+    pub wide: bool,
+    /// What else.
+    pub policy: DeliveryPolicy,
+}
+
 /// Everything that KVM_CREATE_IRQCHIP and KVM_CREATE_PIT2 make.
 pub struct Chipset {
     /// The 8259 pair.
     pub pic: Pic,
     /// The I/O APIC.
     pub ioapic: Ioapic,
+    /// Both are user space's instead (KVM_CAP_SPLIT_IRQCHIP), and so many GSIs from 0 on are pins of its I/O
+    /// APIC. Nothing leads to those here then.
+    split: Option<u32>,
+    /// For messages that no vCPU sends.
+    pub addressing: Addressing,
     vectors: Arc<IoapicVectors>,
     /// The 8254, and whether it owns port 0x61.
     pub pit: Option<(Pit, bool)>,
@@ -83,6 +108,8 @@ impl Chipset {
         Ok(Chipset {
             pic: Pic::new(),
             ioapic: Ioapic::new(),
+            split: None,
+            addressing: Addressing::default(),
             vectors,
             pit: None,
             routing: RoutingTable::x86_default().map_err(|_| Errno::ENOMEM)?,
@@ -91,6 +118,83 @@ impl Chipset {
             armed_ns: None,
             deferred_ns: None,
         })
+    }
+
+    /// Only what is left with the local APICs alone in the kernel: routes to MSIs. `pins`: how many GSIs are
+    /// pins of user space's I/O APIC.
+    pub fn split(timer: Box<dyn Timer>, vectors: Arc<IoapicVectors>, pins: u32) -> Self {
+        vectors.set(&[]);
+        Chipset {
+            pic: Pic::new(),
+            ioapic: Ioapic::new(),
+            split: Some(pins),
+            addressing: Addressing::default(),
+            vectors,
+            pit: None,
+            routing: RoutingTable::empty(),
+            resamplers: Vec::new(),
+            timer,
+            armed_ns: None,
+            deferred_ns: None,
+        }
+    }
+
+    /// Whether 8259 and I/O APIC are user space's.
+    pub fn is_split(&self) -> bool {
+        self.split.is_some()
+    }
+
+    /// The level-triggered messages of user space's I/O APIC.
+    fn user_ioapic_messages(&self) -> impl Iterator<Item = ApicMessage> {
+        let pins = self.split.unwrap_or(0);
+        let wide = self.addressing.wide;
+        self.routing
+            .routes()
+            .iter()
+            .take_while(move |route| route.gsi < pins)
+            .filter_map(move |route| match route.target {
+                RouteTarget::Msi(msi) => Some(msi.message(wide)),
+                _ => None,
+            })
+            .filter(|message| message.trigger == irqchip::Trigger::Level)
+    }
+
+    /// Replaces the routes.
+    pub fn set_routing(&mut self, table: RoutingTable) {
+        self.routing = table;
+        self.user_vectors();
+    }
+
+    /// Says which vectors user space's I/O APIC has, for those who end an interrupt.
+    fn user_vectors(&self) {
+        if self.is_split() {
+            self.vectors
+                .replace(self.user_ioapic_messages().map(|message| message.vector));
+        }
+    }
+
+    /// Whether user space's I/O APIC is to hear that the vCPU `index` has ended `vector`.
+    pub fn user_ioapic_hears(&self, vcpus: &Vcpus, index: usize, vector: u8) -> bool {
+        let Some(lapic) = vcpus.get(index).and_then(|v| v.lapic()) else {
+            return false;
+        };
+        let vcpu = lapic.lock().destination();
+        self.user_ioapic_messages()
+            .filter(|message| message.vector == vector)
+            .any(|message| {
+                let mut reached = false;
+                // As a fixed message: one of lowest priority may have gone to any of those it names.
+                let message = ApicMessage {
+                    delivery_mode: DeliveryMode::Fixed,
+                    redirect_hint: false,
+                    ..message
+                };
+                let apics = core::iter::once((index, vcpu));
+                for_each_target(&message, None, self.addressing.policy, apics, |_| {
+                    reached = true;
+                });
+                reached
+            })
     }
 
     /// Sets one source's level of a GSI. The result is that of KVM_IRQ_LINE_STATUS: negative when
@@ -120,7 +224,7 @@ impl Chipset {
                     PinOutcome::Held => -1,
                     PinOutcome::Send(message) => self.send_pin(vcpus, pin, &message),
                 },
-                RouteTarget::Msi(msi) if level => deliver(vcpus, &msi.message(false), None) as i32,
+                RouteTarget::Msi(msi) if level => deliver_msi(vcpus, msi, self.addressing) as i32,
                 RouteTarget::Msi(_) | RouteTarget::HypervSint { .. } => continue,
             };
             if one >= 0 {
@@ -131,7 +235,7 @@ impl Chipset {
     }
 
     fn send_pin(&mut self, vcpus: &Vcpus, pin: u8, message: &ApicMessage) -> i32 {
-        let reached = deliver(vcpus, message, None);
+        let reached = deliver(vcpus, message, None, self.addressing.policy);
         if reached == 0 {
             self.ioapic.not_accepted(pin);
         }
@@ -276,8 +380,9 @@ impl Chipset {
     /// Replaces the IOAPIC's state.
     pub fn set_ioapic(&mut self, vcpus: &Vcpus, state: &irqchip::IoapicState) {
         self.vectors.add(&state.redirtbl);
+        let policy = self.addressing.policy;
         self.ioapic.set_state(state, |_, message| {
-            deliver(vcpus, &message, None);
+            deliver(vcpus, &message, None, policy);
         });
         self.vectors.set(&self.ioapic.state().redirtbl);
     }
@@ -308,13 +413,18 @@ impl Chipset {
 
 /// Delivers a message to the vCPUs it addresses. `source`: the index of the sending vCPU. Returns how
 /// many took it.
-pub fn deliver(vcpus: &Vcpus, message: &ApicMessage, source: Option<usize>) -> usize {
+pub fn deliver(
+    vcpus: &Vcpus,
+    message: &ApicMessage,
+    source: Option<usize>,
+    policy: DeliveryPolicy,
+) -> usize {
     let mut reached = 0;
     let apics = vcpus
         .iter()
         .enumerate()
         .filter_map(|(i, v)| Some((i, v.lapic()?.lock().destination())));
-    for_each_target(message, source, DeliveryPolicy::default(), apics, |i| {
+    for_each_target(message, source, policy, apics, |i| {
         if let Some(vcpu) = vcpus.get(i)
             && let Some(lapic) = vcpu.lapic()
         {
@@ -329,8 +439,9 @@ pub fn deliver(vcpus: &Vcpus, message: &ApicMessage, source: Option<usize>) -> u
 }
 
 /// Delivers an MSI.
-pub fn deliver_msi(vcpus: &Vcpus, msi: Msi) -> usize {
-    deliver(vcpus, &msi.message(false), None)
+pub fn deliver_msi(vcpus: &Vcpus, msi: Msi, addressing: Addressing) -> usize {
+    let message = msi.message(addressing.wide);
+    deliver(vcpus, &message, None, addressing.policy)
 }
 
 impl VcpuShared {

@@ -9,6 +9,7 @@ use crate::memory::Reader;
 use crate::msr::Msrs;
 use crate::paravirt::Paravirt;
 use crate::run_page::RunPage;
+use crate::stats::Counter;
 use crate::vcpu::VcpuShared;
 use crate::vm::Vm;
 use alloc::boxed::Box;
@@ -27,6 +28,8 @@ pub(crate) struct Events {
     pub exception: Option<Exception>,
     /// An interrupt that user space injects, or that was acknowledged and not yet delivered.
     pub interrupt: Option<u8>,
+    /// The 8259's interrupt, when that is user space's and the local APIC is not (KVM_INTERRUPT).
+    pub extint: Option<u8>,
     /// `interrupt` was taken from its source already: it does not wait for RFLAGS.IF.
     pub interrupt_acked: bool,
     /// NMIs waiting, at most 2.
@@ -53,6 +56,8 @@ pub(crate) struct VcpuEnv {
     /// Guest memory that the host does not have: KVM_RUN ends with EFAULT.
     pub host_fault: bool,
     pub mp_state: u32,
+    /// Vectors whose end the I/O APIC in user space is to hear of.
+    pub eoi_exits: [u64; 4],
     /// KVM_SET_GUEST_DEBUG's control.
     pub guest_debug: u32,
     /// The debugger's hardware breakpoints; the guest's while the debugger's are in place.
@@ -78,9 +83,9 @@ impl VcpuEnv {
         let mut features = cpuid.features(host_xcr0);
         features.phys_bits = 36;
         let in_kernel = vm.irqchip_in_kernel();
-        let bsp = shared.id() == 0;
+        let bsp = shared.is_bsp();
         VcpuEnv {
-            memory: Reader::new(&vm.memory),
+            memory: Reader::for_vcpu(&vm.memory, &shared),
             cpuid,
             features,
             msrs: Msrs::new(cpuid::vendor(vm.host.cpuid(0, 0))),
@@ -99,6 +104,7 @@ impl VcpuEnv {
             } else {
                 mp_state::UNINITIALIZED
             },
+            eoi_exits: [0; 4],
             guest_debug: 0,
             breakpoints: Breakpoints::default(),
             native,
@@ -121,6 +127,7 @@ impl VcpuEnv {
             config.tsc_deadline =
                 self.features.leaf1_ecx & x86defs::cpuid::leaf1_ecx::TSC_DEADLINE != 0;
             config.max_phys_addr = cpuid.phys_bits();
+            config.directed_eoi = config.x2apic && !self.vm.pic_in_kernel();
             lapic.set_config(config);
         }
         self.cpuid = cpuid;
@@ -150,12 +157,20 @@ impl VcpuEnv {
     /// Acts on what a write to the local APIC asks for.
     pub fn lapic_effect(&mut self, effect: Effect) {
         match effect {
-            Effect::None | Effect::DestinationChanged | Effect::LvtChanged => {}
+            Effect::None | Effect::DestinationChanged => {}
+            // Whether user space's 8259 is listened to is looked at between two turns.
+            Effect::LvtChanged if self.vm.pic_in_kernel() => {}
+            Effect::LvtChanged => self.shared.kick(),
             Effect::SendIpi(message) => {
-                crate::chipset::deliver(&self.vm.vcpus(), &message, Some(self.index));
+                let policy = Default::default();
+                crate::chipset::deliver(&self.vm.vcpus(), &message, Some(self.index), policy);
             }
             Effect::Eoi(eoi) => {
-                self.vm.eoi(eoi);
+                if self.vm.eoi(eoi, self.index) {
+                    let (word, bit) = (usize::from(eoi.vector / 64), eoi.vector % 64);
+                    self.eoi_exits[word] |= 1 << bit;
+                    self.shared.kick();
+                }
                 self.recheck_interrupts();
             }
             Effect::PriorityChanged => self.recheck_interrupts(),
@@ -306,6 +321,7 @@ impl VcpuEnv {
         let page = &self.run;
         match op {
             Op::In(port) | Op::Out(port) => {
+                self.shared.stats.count(Counter::IoExits);
                 page.set_reason(reason::IO);
                 let out = !op.reads();
                 let mut head = [0; 8];
@@ -320,6 +336,7 @@ impl VcpuEnv {
                 }
             }
             Op::Read(gpa) | Op::Write(gpa) => {
+                self.shared.stats.count(Counter::MmioExits);
                 page.set_reason(reason::MMIO);
                 page.set_u64(run::EXIT, gpa);
                 let mut bytes = [0; 8];
@@ -465,6 +482,7 @@ impl Env for VcpuEnv {
     fn flush(&mut self, _what: Flush) {}
 
     fn hypercall(&mut self, cpu: &mut CpuState) -> Result<(), Stop> {
+        self.shared.stats.count(Counter::Hypercalls);
         hypercall::call(self, cpu)
     }
 

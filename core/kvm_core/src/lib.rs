@@ -10,8 +10,10 @@ extern crate std;
 
 mod chipset;
 mod clock;
+mod coalesced;
 pub mod cpuid;
 mod debug;
+pub mod dirty_ring;
 pub mod engine;
 mod env;
 pub mod host;
@@ -26,7 +28,11 @@ mod paravirt;
 mod regs;
 mod run;
 pub mod run_page;
+pub mod shared_memory;
+pub mod stats;
 pub mod sync;
+#[cfg(test)]
+mod tests;
 pub mod vcpu;
 pub mod vm;
 

@@ -5,7 +5,9 @@
     reason = "guest memory is reached through raw host pointers"
 )]
 
+use crate::dirty_ring::DirtyPage;
 use crate::sync::Mutex;
+use crate::vcpu::VcpuShared;
 use alloc::sync::Arc;
 use core::sync::atomic::{AtomicU64, Ordering};
 use guestmem::{MemView, PAGE_SIZE, SlotHint};
@@ -50,6 +52,8 @@ pub struct Reader {
     view: Arc<MemView>,
     generation: u64,
     hint: SlotHint,
+    /// Whose dirty ring gets the pages that are written.
+    vcpu: Option<Arc<VcpuShared>>,
 }
 
 impl Reader {
@@ -59,6 +63,16 @@ impl Reader {
             generation: memory.generation(),
             view: memory.view(),
             hint: SlotHint::default(),
+            vcpu: None,
+        }
+    }
+
+    /// A vCPU's reader of `memory`.
+    pub fn for_vcpu(memory: &Memory, vcpu: &Arc<VcpuShared>) -> Self {
+        let vcpu = vcpu.dirty_ring().is_some().then(|| vcpu.clone());
+        Reader {
+            vcpu,
+            ..Reader::new(memory)
         }
     }
 
@@ -88,8 +102,16 @@ impl Reader {
         write: bool,
     ) -> Option<*mut u8> {
         self.renew(memory);
+        let newly = |slot, page| {
+            if let Some(vcpu) = &self.vcpu
+                && let Some(ring) = vcpu.dirty_ring()
+                && ring.push(DirtyPage { slot, page })
+            {
+                vcpu.kick();
+            }
+        };
         self.view
-            .host_ptr(gpa, len, write, &self.hint)
+            .host_ptr_telling(gpa, len, write, &self.hint, newly)
             // SAFETY: the pointer is a slot's; making vCPUs, the home has put its handler in place.
             .filter(|&p| unsafe { guestmem::probe::accessible(p, write) })
     }

@@ -461,35 +461,43 @@ impl Vcpu {
         let now = self.env.now();
         let lapic = self.env.shared.lapic().ok_or(Errno::EINVAL)?;
         Ok(kvm_lapic_state {
-            regs: lapic.lock().save(false, now),
+            regs: lapic.lock().save(self.env.vm.wide_apic_ids(), now),
         })
     }
 
     /// KVM_SET_LAPIC.
     ///
     /// # Errors
-    /// EINVAL without an in-kernel local APIC.
+    /// EINVAL without an in-kernel local APIC, or when the state names another vCPU.
     pub fn set_lapic(&mut self, state: &kvm_lapic_state) -> Result<(), Errno> {
         let now = self.env.now();
+        let wide = self.env.vm.wide_apic_ids();
         self.env
             .shared
             .lapic()
             .ok_or(Errno::EINVAL)?
             .lock()
-            .restore(&state.regs, false, now)
+            .restore(&state.regs, wide, now)
             .map_err(|_| Errno::EINVAL)?;
         self.env.arm_timer();
         Ok(())
     }
 
-    /// KVM_INTERRUPT: queues an external interrupt; only without an in-kernel irqchip.
+    /// KVM_INTERRUPT: queues an external interrupt; only without an in-kernel 8259.
     ///
     /// # Errors
     /// EINVAL for a vector above 255, ENXIO with an irqchip, EEXIST when one is queued already.
     pub fn interrupt(&mut self, irq: u32) -> Result<(), Errno> {
         let vector = u8::try_from(irq).map_err(|_| Errno::EINVAL)?;
-        if self.env.shared.lapic().is_some() {
+        if self.env.vm.pic_in_kernel() {
             return Err(Errno::ENXIO);
+        }
+        if self.env.shared.lapic().is_some() {
+            if self.env.events.extint.is_some() {
+                return Err(Errno::EEXIST);
+            }
+            self.env.events.extint = Some(vector);
+            return Ok(());
         }
         if self.env.events.interrupt.is_some() {
             return Err(Errno::EEXIST);

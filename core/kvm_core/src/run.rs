@@ -5,6 +5,7 @@
 //! guest code until it exits, decide what the exit means.
 
 use crate::env::linear_rip;
+use crate::stats::Counter;
 use crate::sync::yield_now;
 use crate::vcpu::{Vcpu, request};
 use kvm_abi::run::{self, internal, reason};
@@ -41,6 +42,7 @@ impl Vcpu {
         self.env.sync_pv_eoi();
         self.env.mark_preempted();
         if result == Err(Errno::EINTR) {
+            self.env.shared.stats.count(Counter::SignalExits);
             self.env.run.set_reason(reason::INTR);
         }
         self.publish();
@@ -85,6 +87,9 @@ impl Vcpu {
         self.check_host_fault()?;
         self.check_user_exit()?;
         self.process_requests();
+        if self.must_tell_user() {
+            return Ok(Next::User);
+        }
         match self.env.mp_state {
             mp_state::RUNNABLE => {}
             mp_state::HALTED => {
@@ -106,14 +111,16 @@ impl Vcpu {
             Ok(Injected::NmiBlocked) => {
                 // Only the end of the handler or of a shadow opens the way, and no engine reports
                 // that; so the vCPU goes step by step until then.
+                self.env.shared.stats.count(Counter::NmiWindowExits);
                 let exit = self.engine.step(&mut self.env);
                 return exit.map_or(Ok(Next::Turn), |exit| self.decide(exit));
             }
             Err(exit) => return self.decide(exit),
         };
-        let user_window = self.env.shared.lapic().is_none()
-            && self.env.run.u8(run::REQUEST_INTERRUPT_WINDOW) != 0;
+        let user_window =
+            self.env.run.u8(run::REQUEST_INTERRUPT_WINDOW) != 0 && self.accepts_user_interrupt();
         if user_window && self.ready_for_interrupt() {
+            self.env.shared.stats.count(Counter::RequestIrqExits);
             self.env.run.set_reason(reason::IRQ_WINDOW_OPEN);
             return Ok(Next::User);
         }
@@ -121,7 +128,38 @@ impl Vcpu {
             return self.debugged_turn(irq_window || user_window);
         }
         let exit = self.engine.run(&mut self.env, irq_window || user_window);
+        let stats = &self.env.shared.stats;
+        stats.count(Counter::Exits);
+        if exit == Exit::Interrupted {
+            let open = irq_window && self.engine.cpu_ref().rflags & rflags::IF != 0;
+            stats.count(if open {
+                Counter::IrqWindowExits
+            } else {
+                Counter::IrqExits
+            });
+        }
         self.decide(exit)
+    }
+
+    /// What user space must hear of before the guest goes on, whatever state the vCPU is in.
+    fn must_tell_user(&mut self) -> bool {
+        if let Some(ring) = self.env.shared.dirty_ring() {
+            ring.drain();
+            if ring.is_full() {
+                self.env.run.set_reason(reason::DIRTY_RING_FULL);
+                return true;
+            }
+        }
+        let Some(word) = self.env.eoi_exits.iter().position(|&word| word != 0) else {
+            return false;
+        };
+        let bit = self.env.eoi_exits[word].trailing_zeros();
+        self.env.eoi_exits[word] &= !(1 << bit);
+        self.env.run.set_reason(reason::IOAPIC_EOI);
+        self.env
+            .run
+            .write(run::EXIT, &[(word * 64) as u8 + bit as u8]);
+        true
     }
 
     /// What an exit means.
@@ -135,6 +173,7 @@ impl Vcpu {
                 return Ok(Next::Turn);
             }
             Exit::Hlt => {
+                self.env.shared.stats.count(Counter::HaltExits);
                 if self.env.shared.lapic().is_some() {
                     self.env.mp_state = mp_state::HALTED;
                     return Ok(Next::Turn);
@@ -153,6 +192,7 @@ impl Vcpu {
             }
             Exit::Shutdown => page.set_reason(reason::SHUTDOWN),
             Exit::EmulationFailed => {
+                self.env.shared.stats.count(Counter::InsnEmulationFail);
                 let cpu = self.engine.cpu_ref();
                 log::info!(
                     "vcpu {}: cannot execute the instruction at {:#x}:{:#x}",
@@ -201,6 +241,7 @@ impl Vcpu {
             self.internal_error(internal::EMULATION);
             return Ok(Next::User);
         }
+        self.env.shared.stats.count(Counter::InsnEmulation);
         match self.engine.step(&mut self.env) {
             None => Ok(Next::Turn),
             Some(exit) => self.decide(exit),
@@ -218,12 +259,22 @@ impl Vcpu {
             }
             None => (self.env.user_apic_base, self.env.user_cr8),
         };
-        let ready = self.env.shared.lapic().is_some() || self.ready_for_interrupt();
+        let ready = self.env.vm.pic_in_kernel()
+            || (self.accepts_user_interrupt() && self.ready_for_interrupt());
         let page = &self.env.run;
         page.write(run::IF_FLAG, &[u8::from(if_flag)]);
         page.write(run::READY_FOR_INTERRUPT_INJECTION, &[u8::from(ready)]);
         page.set_u64(run::CR8, cr8);
         page.set_u64(run::APIC_BASE, apic_base);
+    }
+
+    /// There is a place for KVM_INTERRUPT's vector, and the vCPU listens to it.
+    fn accepts_user_interrupt(&self) -> bool {
+        match self.env.shared.lapic() {
+            None => true,
+            Some(_) if self.env.vm.pic_in_kernel() => false,
+            Some(lapic) => self.env.events.extint.is_none() && lapic.lock().accepts_pic(),
+        }
     }
 
     /// KVM_INTERRUPT would be delivered now.
@@ -332,7 +383,15 @@ impl Vcpu {
             return Ok(());
         }
         self.env.mark_preempted();
+        let stats = &self.env.shared.stats;
+        let before = self.env.vm.host.now_ns();
+        stats.set_blocking(true);
         let wake = self.env.shared.waiter().wait(deadline_ns);
+        stats.set_blocking(false);
+        stats.slept(self.env.vm.host.now_ns().saturating_sub(before));
+        if wake != Wake::Signal {
+            stats.count(Counter::HaltWakeup);
+        }
         self.resume();
         match wake {
             Wake::Woken | Wake::Deadline => Ok(()),
@@ -354,7 +413,7 @@ impl Vcpu {
             }
             lapic.accepts_pic()
         };
-        pic && self.env.vm.pic_output()
+        pic && (self.env.events.extint.is_some() || self.env.vm.pic_output())
     }
 
     /// Takes the interrupt to deliver from its controller.
@@ -362,6 +421,9 @@ impl Vcpu {
         let lapic = self.env.shared.lapic()?;
         let pic = lapic.lock().accepts_pic();
         // The 8259's interrupt comes past the local APIC's priorities.
+        if pic && let Some(vector) = self.env.events.extint.take() {
+            return Some(vector);
+        }
         if pic && let Some(vector) = self.env.vm.pic_ack() {
             return Some(vector);
         }
@@ -384,6 +446,7 @@ impl Vcpu {
             && let Some(vector) = self.env.events.interrupt.take()
         {
             self.env.events.interrupt_acked = false;
+            self.env.shared.stats.count(Counter::IrqInjections);
             self.deliver(Event::external(vector))?;
             return Ok(self.left_over());
         }
@@ -395,6 +458,7 @@ impl Vcpu {
                 return Ok(Injected::NmiBlocked);
             }
             self.env.events.nmis -= 1;
+            self.env.shared.stats.count(Counter::NmiInjections);
             self.deliver(Event::nmi())?;
             return Ok(self.left_over());
         }
@@ -410,6 +474,7 @@ impl Vcpu {
             None => self.acknowledge(),
         };
         if let Some(vector) = vector {
+            self.env.shared.stats.count(Counter::IrqInjections);
             self.deliver(Event::external(vector))?;
             self.env.offer_pv_eoi();
         }

@@ -1,9 +1,11 @@
 //! A vCPU: what other threads see of it, and what its own thread owns.
 
+use crate::dirty_ring::DirtyRing;
 use crate::engine::{EngineVcpu, Kick};
 use crate::env::VcpuEnv;
 use crate::host::{Timer, Waiter};
 use crate::run_page::RunPage;
+use crate::stats::VcpuStats;
 use crate::sync::Mutex;
 use crate::vm::Vm;
 use alloc::boxed::Box;
@@ -38,24 +40,26 @@ pub struct VcpuShared {
     sipi_vector: AtomicU8,
     kick: Arc<dyn Kick>,
     waiter: Arc<dyn Waiter>,
+    bsp: bool,
+    dirty_ring: Option<DirtyRing>,
+    pub(crate) stats: VcpuStats,
 }
 
 impl VcpuShared {
     pub(crate) fn new(
         id: u32,
-        lapic: bool,
+        bsp: bool,
+        lapic: Option<LapicConfig>,
         kick: Arc<dyn Kick>,
         waiter: Arc<dyn Waiter>,
-        phys_bits: u8,
+        dirty_ring: Option<DirtyRing>,
     ) -> Self {
-        let lapic = lapic.then(|| {
-            let mut config = LapicConfig::new(id, id == 0);
-            config.max_phys_addr = phys_bits;
-            Mutex::new(Lapic::new(config))
-        });
         VcpuShared {
             id,
-            lapic,
+            bsp,
+            lapic: lapic.map(|config| Mutex::new(Lapic::new(config))),
+            dirty_ring,
+            stats: VcpuStats::default(),
             requests: AtomicU32::new(0),
             nmis: AtomicU8::new(0),
             sipi_vector: AtomicU8::new(0),
@@ -67,6 +71,16 @@ impl VcpuShared {
     /// The id given to KVM_CREATE_VCPU, which is the APIC id.
     pub fn id(&self) -> u32 {
         self.id
+    }
+
+    /// The bootstrap processor (KVM_SET_BOOT_CPU_ID).
+    pub(crate) fn is_bsp(&self) -> bool {
+        self.bsp
+    }
+
+    /// The dirty ring, if the VM's vCPUs have some.
+    pub(crate) fn dirty_ring(&self) -> Option<&DirtyRing> {
+        self.dirty_ring.as_ref()
     }
 
     /// The local APIC, if it is in the kernel.

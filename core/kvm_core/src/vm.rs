@@ -1,31 +1,46 @@
 //! A virtual machine: memslots, vCPUs, irqchip, ioeventfds, clock.
 
-use crate::chipset::{self, Chipset, IoapicVectors, Vcpus};
+use crate::chipset::{self, Addressing, Chipset, IoapicVectors, Vcpus};
 use crate::clock::KvmClock;
+use crate::coalesced::Coalesced;
 use crate::cpuid;
+use crate::dirty_ring::{self, DirtyRing};
 use crate::engine::{Engine, EngineError};
-use crate::host::{Event, Host};
+use crate::host::{Event, Host, Timer};
 use crate::ioeventfd::{Bus, IoEvents, Match};
 use crate::memory::Memory;
 use crate::run_page::RunPage;
+use crate::shared_memory::SharedMemory;
+use crate::stats::{VmCounter, VmStats};
 use crate::sync::Mutex;
 use crate::vcpu::{Vcpu, VcpuShared};
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use guestmem::{Change, MemView, PAGE_SIZE, Region, RegionError};
-use irqchip::{IrqSource, Msi, Pit, PitChannelState, PitState, Route, RouteTarget, RoutingTable};
+use irqchip::{
+    IrqSource, LapicConfig, Msi, Pit, PitChannelState, PitState, Route, RouteTarget, RoutingTable,
+};
 use kvm_abi::{
-    Errno, cap, clock, irqchip as chip_id, kvm_clock_data, kvm_irq_routing_entry, kvm_msi,
-    kvm_pic_state, kvm_pit_channel_state, kvm_pit_state2,
+    Errno, KVM_MSI_VALID_DEVID, cap, clock, irq_routing, irqchip as chip_id, kvm_clock_data,
+    kvm_coalesced_mmio_zone, kvm_irq_routing_entry, kvm_msi, kvm_pic_state, kvm_pit_channel_state,
+    kvm_pit_state, kvm_pit_state2, x2apic_api,
 };
 
+/// Most pins that KVM_CAP_SPLIT_IRQCHIP reserves.
+const MAX_RESERVED_PINS: u64 = irqchip::ioapic::PINS as u64;
 /// KVM_PIT_SPEAKER_DUMMY
 const PIT_SPEAKER_DUMMY: u32 = 1;
-/// KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI
-const ROUTING_IRQCHIP: u32 = 1;
-const ROUTING_MSI: u32 = 2;
+
+/// Which interrupt controllers are in the kernel.
+mod irqchip_mode {
+    pub const NONE: u8 = 0;
+    /// The local APICs (KVM_CAP_SPLIT_IRQCHIP).
+    pub const SPLIT: u8 = 1;
+    /// All (KVM_CREATE_IRQCHIP).
+    pub const KERNEL: u8 = 2;
+}
 
 /// What TSC writes are compared with, so that vCPUs whose TSCs are set to the same value one after
 /// the other end up synchronized.
@@ -50,13 +65,25 @@ pub enum ChipState {
 pub struct Vm {
     pub(crate) host: Arc<dyn Host>,
     pub(crate) engine: Box<dyn Engine>,
+    /// Serializes the making of vCPUs and what must come before the first.
+    creation: Mutex<()>,
     /// Serializes changes of memslots.
     slots: Mutex<()>,
     pub(crate) memory: Memory,
     vcpus: Mutex<Arc<Vcpus>>,
     chipset: Mutex<Option<Chipset>>,
     ioapic_vectors: Arc<IoapicVectors>,
-    irqchip_in_kernel: AtomicBool,
+    /// One of [`irqchip_mode`].
+    irqchip_mode: AtomicU8,
+    /// Bits of [`kvm_abi::x2apic_api`].
+    x2apic_api: AtomicU32,
+    boot_vcpu: AtomicU32,
+    /// What KVM_CAP_MAX_VCPU_ID was set to; 0: nothing yet.
+    max_vcpu_ids: AtomicU32,
+    /// Bytes of a dirty ring; 0: the VM has dirty logs.
+    dirty_ring_bytes: AtomicU32,
+    coalesced: Mutex<Coalesced>,
+    pub(crate) stats: VmStats,
     pit_in_kernel: AtomicBool,
     ioevents: Mutex<IoEvents>,
     clock: Mutex<KvmClock>,
@@ -74,12 +101,19 @@ impl Vm {
         Arc::new(Vm {
             host,
             engine,
+            creation: Mutex::new(()),
             slots: Mutex::new(()),
             memory: Memory::default(),
             vcpus: Mutex::new(Arc::new(Vec::new())),
             chipset: Mutex::new(None),
             ioapic_vectors: Arc::default(),
-            irqchip_in_kernel: AtomicBool::new(false),
+            irqchip_mode: AtomicU8::new(irqchip_mode::NONE),
+            x2apic_api: AtomicU32::new(0),
+            boot_vcpu: AtomicU32::new(0),
+            max_vcpu_ids: AtomicU32::new(0),
+            dirty_ring_bytes: AtomicU32::new(0),
+            coalesced: Mutex::default(),
+            stats: VmStats::default(),
             pit_in_kernel: AtomicBool::new(false),
             ioevents: Mutex::new(IoEvents::default()),
             clock: Mutex::new(clock),
@@ -100,9 +134,23 @@ impl Vm {
         self.vcpus.lock().clone()
     }
 
-    /// KVM_CREATE_IRQCHIP was called.
+    /// The local APICs at least are in the kernel.
     pub fn irqchip_in_kernel(&self) -> bool {
-        self.irqchip_in_kernel.load(Ordering::Acquire)
+        self.irqchip_mode.load(Ordering::Acquire) != irqchip_mode::NONE
+    }
+
+    /// 8259 and I/O APIC are in the kernel, too (KVM_CREATE_IRQCHIP).
+    pub fn pic_in_kernel(&self) -> bool {
+        self.irqchip_mode.load(Ordering::Acquire) == irqchip_mode::KERNEL
+    }
+
+    /// Whether KVM_IRQFD may be assigned, with KVM_IRQFD_FLAG_RESAMPLE or without.
+    pub fn irqfd_allowed(&self, resample: bool) -> bool {
+        if resample {
+            self.pic_in_kernel()
+        } else {
+            self.irqchip_in_kernel()
+        }
     }
 
     // Memory.
@@ -126,7 +174,7 @@ impl Vm {
             })?;
         if change != Change::None {
             self.memory.replace(view);
-            self.engine.memory_changed();
+            self.drop_pointers(|engine| engine.memory_changed());
         }
         Ok(())
     }
@@ -136,11 +184,31 @@ impl Vm {
         self.memory.view()
     }
 
+    /// Makes the vCPUs drop host pointers.
+    fn drop_pointers(&self, how: impl FnOnce(&dyn Engine)) {
+        self.stats.count(VmCounter::RemoteTlbFlushRequests);
+        how(&*self.engine);
+        self.stats.count(VmCounter::RemoteTlbFlush);
+    }
+
+    /// Pages that are dirty are in logs, not in rings, and a slot can have such a number.
+    fn check_dirty_log(&self, slot: u32) -> Result<(), Errno> {
+        if self.dirty_ring_bytes() != 0 {
+            return Err(Errno::ENXIO);
+        }
+        if slot & 0xffff >= guestmem::MAX_SLOTS {
+            return Err(Errno::EINVAL);
+        }
+        Ok(())
+    }
+
     /// KVM_GET_DIRTY_LOG: one bit per page of the slot.
     ///
     /// # Errors
-    /// ENOENT when the slot does not exist or is not logged, ENOMEM.
+    /// ENXIO with dirty rings, EINVAL for a number that no slot can have, ENOENT when the slot does not exist
+    /// or is not logged, ENOMEM.
     pub fn get_dirty_log(&self, slot: u32) -> Result<Vec<u64>, Errno> {
+        self.check_dirty_log(slot)?;
         let _serial = self.slots.lock();
         let view = self.memory.view();
         let slot = view.slot(slot).ok_or(Errno::ENOENT)?;
@@ -151,7 +219,7 @@ impl Vm {
             return Err(Errno::ENOMEM);
         }
         if clear && bitmap.iter().any(|&w| w != 0) {
-            self.engine.write_protect(slot.gpa, slot.size);
+            self.drop_pointers(|engine| engine.write_protect(slot.gpa, slot.size));
         }
         Ok(bitmap)
     }
@@ -159,7 +227,7 @@ impl Vm {
     /// KVM_CLEAR_DIRTY_LOG: clears the bits set in `bitmap` for `pages` pages from `first_page` on.
     ///
     /// # Errors
-    /// EINVAL, ENOENT.
+    /// ENXIO with dirty rings, EINVAL, ENOENT.
     pub fn clear_dirty_log(
         &self,
         slot: u32,
@@ -167,20 +235,22 @@ impl Vm {
         pages: u64,
         bitmap: &[u64],
     ) -> Result<(), Errno> {
+        self.check_dirty_log(slot)?;
+        if !first_page.is_multiple_of(64) {
+            return Err(Errno::EINVAL);
+        }
         let _serial = self.slots.lock();
         let view = self.memory.view();
         let slot = view.slot(slot).ok_or(Errno::ENOENT)?;
         let log = slot.dirty.as_ref().ok_or(Errno::ENOENT)?;
         let end = first_page.checked_add(pages).ok_or(Errno::EINVAL)?;
-        if !first_page.is_multiple_of(64)
-            || end > log.pages()
-            || (!pages.is_multiple_of(64) && end < log.pages())
-        {
+        if end > log.pages() || (!pages.is_multiple_of(64) && end < log.pages()) {
             return Err(Errno::EINVAL);
         }
-        log.clear(first_page, pages, bitmap);
-        self.engine
-            .write_protect(slot.gpa + first_page * PAGE_SIZE, pages * PAGE_SIZE);
+        if log.clear(first_page, pages, bitmap) {
+            let (gpa, len) = (slot.gpa + first_page * PAGE_SIZE, pages * PAGE_SIZE);
+            self.drop_pointers(|engine| engine.write_protect(gpa, len));
+        }
         Ok(())
     }
 
@@ -200,6 +270,75 @@ impl Vm {
         Ok(())
     }
 
+    /// KVM_ENABLE_CAP of KVM_CAP_DIRTY_LOG_RING: each vCPU made from now on has a ring of `bytes` bytes
+    /// instead of the slots' dirty logs.
+    ///
+    /// # Errors
+    /// EINVAL for a bad size, a second time, or when there are vCPUs already; E2BIG.
+    pub fn enable_dirty_ring(&self, bytes: u64) -> Result<(), Errno> {
+        let bytes = dirty_ring::check_size(bytes)?;
+        let _creation = self.creation.lock();
+        if self.dirty_ring_bytes() != 0 || !self.vcpus().is_empty() {
+            return Err(Errno::EINVAL);
+        }
+        self.dirty_ring_bytes.store(bytes, Ordering::Release);
+        Ok(())
+    }
+
+    /// Bytes of each vCPU's dirty ring; 0 when the VM has none.
+    pub fn dirty_ring_bytes(&self) -> u32 {
+        self.dirty_ring_bytes.load(Ordering::Acquire)
+    }
+
+    /// KVM_RESET_DIRTY_RINGS: takes back what user space has harvested; how many entries.
+    ///
+    /// # Errors
+    /// EINVAL without dirty rings.
+    pub fn reset_dirty_rings(&self) -> Result<u32, Errno> {
+        if self.dirty_ring_bytes() == 0 {
+            return Err(Errno::EINVAL);
+        }
+        let _serial = self.slots.lock();
+        let view = self.memory.view();
+        // Slots that had an entry, with the first and the last page.
+        let mut spans: Vec<(u32, u64, u64)> = Vec::new();
+        let mut count: u32 = 0;
+        for vcpu in self.vcpus().iter() {
+            let Some(ring) = vcpu.dirty_ring() else {
+                continue;
+            };
+            let taken = ring.take_back(|entry| {
+                let Some(slot) = view.slot(entry.slot) else {
+                    return;
+                };
+                if !slot
+                    .dirty
+                    .as_ref()
+                    .is_some_and(|log| log.unmark(entry.page))
+                {
+                    return;
+                }
+                if let Some(span) = spans.iter_mut().rev().find(|span| span.0 == entry.slot) {
+                    span.1 = span.1.min(entry.page);
+                    span.2 = span.2.max(entry.page);
+                } else if spans.try_reserve(1).is_ok() {
+                    spans.push((entry.slot, entry.page, entry.page));
+                } else {
+                    let gpa = slot.gpa + entry.page * PAGE_SIZE;
+                    self.drop_pointers(|engine| engine.write_protect(gpa, PAGE_SIZE));
+                }
+            });
+            count = count.saturating_add(taken);
+        }
+        for (id, first, last) in spans {
+            if let Some(slot) = view.slot(id) {
+                let (gpa, len) = (slot.gpa + first * PAGE_SIZE, (last - first + 1) * PAGE_SIZE);
+                self.drop_pointers(|engine| engine.write_protect(gpa, len));
+            }
+        }
+        Ok(count)
+    }
+
     // vCPUs.
 
     /// KVM_CREATE_VCPU.
@@ -207,9 +346,38 @@ impl Vm {
     /// # Errors
     /// EINVAL (id or number out of range), EEXIST, ENOMEM.
     pub fn create_vcpu(self: &Arc<Self>, id: u32, run: RunPage) -> Result<Vcpu, Errno> {
-        if id >= cap::MAX_VCPU_ID {
+        self.create_vcpu_with_ring(id, run, None)
+    }
+
+    /// [`Self::create_vcpu`] with memory for the dirty ring, [`Self::dirty_ring_bytes`] of it.
+    ///
+    /// # Errors
+    /// As [`Self::create_vcpu`]; EINVAL, too, when the VM has dirty rings and there is no memory for this one.
+    pub fn create_vcpu_with_ring(
+        self: &Arc<Self>,
+        id: u32,
+        run: RunPage,
+        ring: Option<Arc<dyn SharedMemory>>,
+    ) -> Result<Vcpu, Errno> {
+        let _creation = self.creation.lock();
+        // The first vCPU settles how high ids may be.
+        let ids = match self.max_vcpu_ids.load(Ordering::Relaxed) {
+            0 => cap::MAX_VCPU_ID,
+            ids => ids,
+        };
+        self.max_vcpu_ids.store(ids, Ordering::Relaxed);
+        let list = self.vcpus();
+        if id >= ids || list.len() >= cap::MAX_VCPUS as usize {
             return Err(Errno::EINVAL);
         }
+        if list.iter().any(|v| v.id() == id) {
+            return Err(Errno::EEXIST);
+        }
+        let dirty_ring = match (self.dirty_ring_bytes(), ring) {
+            (0, _) => None,
+            (_, None) => return Err(Errno::EINVAL),
+            (bytes, Some(memory)) => Some(DirtyRing::new(memory, bytes)?),
+        };
         let engine = self.engine.create_vcpu(id).map_err(|e| match e {
             EngineError::OutOfMemory => Errno::ENOMEM,
             EngineError::Unsupported(what) => {
@@ -219,43 +387,74 @@ impl Vm {
         })?;
         let waiter = self.host.waiter().ok_or(Errno::ENOMEM)?;
         let native = self.host.native_cpu().ok_or(Errno::ENOMEM)?;
+        let bsp = id == self.boot_vcpu.load(Ordering::Relaxed);
+        let lapic = self.irqchip_in_kernel().then(|| {
+            let mut config = LapicConfig::new(id, bsp);
+            config.max_phys_addr = self.max_gpa.trailing_zeros() as u8;
+            config
+        });
         let shared = Arc::new(VcpuShared::new(
             id,
-            self.irqchip_in_kernel(),
+            bsp,
+            lapic,
             engine.kicker(),
             waiter,
-            self.max_gpa.trailing_zeros() as u8,
+            dirty_ring,
         ));
         let kicked = shared.clone();
         let timer = self
             .host
             .timer(Box::new(move || kicked.kick()))
             .ok_or(Errno::ENOMEM)?;
-        let index = {
-            let mut list = self.vcpus.lock();
-            if list.len() >= cap::MAX_VCPUS as usize {
-                return Err(Errno::EINVAL);
-            }
-            if list.iter().any(|v| v.id() == id) {
-                return Err(Errno::EEXIST);
-            }
-            let mut copy = Vec::new();
-            copy.try_reserve_exact(list.len() + 1)
-                .map_err(|_| Errno::ENOMEM)?;
-            copy.extend(list.iter().cloned());
-            copy.push(shared.clone());
-            *list = Arc::new(copy);
-            list.len() - 1
-        };
+        let mut copy = Vec::new();
+        copy.try_reserve_exact(list.len() + 1)
+            .map_err(|_| Errno::ENOMEM)?;
+        copy.extend(list.iter().cloned());
+        copy.push(shared.clone());
+        *self.vcpus.lock() = Arc::new(copy);
         Ok(Vcpu::new(
             self.clone(),
             shared,
-            index,
+            list.len(),
             engine,
             timer,
             native,
             run,
         ))
+    }
+
+    /// KVM_SET_BOOT_CPU_ID: the vCPU that is the bootstrap processor.
+    ///
+    /// # Errors
+    /// EBUSY when there are vCPUs already.
+    pub fn set_boot_vcpu(&self, id: u64) -> Result<(), Errno> {
+        let _creation = self.creation.lock();
+        if !self.vcpus().is_empty() {
+            return Err(Errno::EBUSY);
+        }
+        // No vCPU has such an id; then there is no bootstrap processor.
+        let id = u32::try_from(id).unwrap_or(u32::MAX);
+        self.boot_vcpu.store(id, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// KVM_ENABLE_CAP of KVM_CAP_MAX_VCPU_ID: ids of vCPUs will be below `ids`.
+    ///
+    /// # Errors
+    /// EINVAL for more than there can be, and when it was set to something else or there is a vCPU already.
+    pub fn set_max_vcpu_ids(&self, ids: u64) -> Result<(), Errno> {
+        if ids > u64::from(cap::MAX_VCPU_ID) {
+            return Err(Errno::EINVAL);
+        }
+        let _creation = self.creation.lock();
+        match self.max_vcpu_ids.load(Ordering::Relaxed) {
+            now if u64::from(now) == ids => Ok(()),
+            0 => {
+                self.max_vcpu_ids.store(ids as u32, Ordering::Relaxed);
+                Ok(())
+            }
+            _ => Err(Errno::EINVAL),
+        }
     }
 
     // Interrupts.
@@ -267,40 +466,105 @@ impl Vm {
         Ok(f(chipset, &vcpus))
     }
 
+    /// [`Self::with_chipset`] where 8259 and I/O APIC are in the kernel.
+    fn with_chips<R>(&self, f: impl FnOnce(&mut Chipset, &Vcpus) -> R) -> Result<R, Errno> {
+        if !self.pic_in_kernel() {
+            return Err(Errno::ENXIO);
+        }
+        self.with_chipset(f)
+    }
+
     /// KVM_CREATE_IRQCHIP.
     ///
     /// # Errors
     /// EEXIST, EINVAL when there are vCPUs already, ENOMEM.
     pub fn create_irqchip(self: &Arc<Self>) -> Result<(), Errno> {
+        let _creation = self.creation.lock();
         if self.irqchip_in_kernel() {
             return Err(Errno::EEXIST);
         }
         if !self.vcpus().is_empty() {
             return Err(Errno::EINVAL);
         }
-        let weak = Arc::downgrade(self);
-        let timer = self
-            .host
-            .timer(Box::new(move || {
-                if let Some(vm) = weak.upgrade() {
-                    vm.chipset_tick();
-                }
-            }))
-            .ok_or(Errno::ENOMEM)?;
-        *self.chipset.lock() = Some(Chipset::new(timer, self.ioapic_vectors.clone())?);
-        self.irqchip_in_kernel.store(true, Ordering::Release);
+        let chipset = Chipset::new(self.chipset_timer()?, self.ioapic_vectors.clone())?;
+        self.put_chipset(chipset, irqchip_mode::KERNEL);
         Ok(())
+    }
+
+    /// KVM_ENABLE_CAP of KVM_CAP_SPLIT_IRQCHIP: the local APICs alone. `pins`: as many GSIs, from 0 on, are
+    /// pins of user space's I/O APIC; the ends of their level-triggered interrupts are KVM_EXIT_IOAPIC_EOI.
+    ///
+    /// # Errors
+    /// EINVAL for more pins than an I/O APIC has, EEXIST when there is an irqchip or a vCPU already, ENOMEM.
+    pub fn enable_split_irqchip(self: &Arc<Self>, pins: u64) -> Result<(), Errno> {
+        if pins > MAX_RESERVED_PINS {
+            return Err(Errno::EINVAL);
+        }
+        let _creation = self.creation.lock();
+        if self.irqchip_in_kernel() || !self.vcpus().is_empty() {
+            return Err(Errno::EEXIST);
+        }
+        let timer = self.chipset_timer()?;
+        let chipset = Chipset::split(timer, self.ioapic_vectors.clone(), pins as u32);
+        self.put_chipset(chipset, irqchip_mode::SPLIT);
+        Ok(())
+    }
+
+    fn chipset_timer(self: &Arc<Self>) -> Result<Box<dyn Timer>, Errno> {
+        let weak = Arc::downgrade(self);
+        let tick = move || {
+            if let Some(vm) = weak.upgrade() {
+                vm.chipset_tick();
+            }
+        };
+        self.host.timer(Box::new(tick)).ok_or(Errno::ENOMEM)
+    }
+
+    fn put_chipset(&self, mut chipset: Chipset, mode: u8) {
+        let mut place = self.chipset.lock();
+        chipset.addressing = self.addressing();
+        *place = Some(chipset);
+        self.irqchip_mode.store(mode, Ordering::Release);
+    }
+
+    /// KVM_ENABLE_CAP of KVM_CAP_X2APIC_API.
+    ///
+    /// # Errors
+    /// EINVAL for unknown flags.
+    pub fn enable_x2apic_api(&self, flags: u64) -> Result<(), Errno> {
+        if flags & !x2apic_api::VALID != 0 {
+            return Err(Errno::EINVAL);
+        }
+        let mut chipset = self.chipset.lock();
+        self.x2apic_api.fetch_or(flags as u32, Ordering::AcqRel);
+        if let Some(chipset) = chipset.as_mut() {
+            chipset.addressing = self.addressing();
+        }
+        Ok(())
+    }
+
+    /// KVM_X2APIC_API_USE_32BIT_IDS is on.
+    pub(crate) fn wide_apic_ids(&self) -> bool {
+        self.addressing().wide
+    }
+
+    fn addressing(&self) -> Addressing {
+        let flags = u64::from(self.x2apic_api.load(Ordering::Acquire));
+        let mut addressing = Addressing {
+            wide: flags & x2apic_api::USE_32BIT_IDS != 0,
+            ..Default::default()
+        };
+        addressing.policy.strict_x2apic_broadcast =
+            flags & x2apic_api::DISABLE_BROADCAST_QUIRK != 0;
+        addressing
     }
 
     /// KVM_CREATE_PIT2.
     ///
     /// # Errors
-    /// ENOENT without an irqchip, EEXIST, EINVAL for unknown flags.
+    /// ENOENT without an 8259, EEXIST.
     pub fn create_pit(&self, flags: u32) -> Result<(), Errno> {
-        if flags & !PIT_SPEAKER_DUMMY != 0 {
-            return Err(Errno::EINVAL);
-        }
-        self.with_chipset(|c, _| {
+        self.with_chips(|c, _| {
             if c.pit.is_some() {
                 return Err(Errno::EEXIST);
             }
@@ -354,7 +618,7 @@ impl Vm {
     /// KVM_SIGNAL_MSI: how many vCPUs took it.
     ///
     /// # Errors
-    /// EINVAL without an irqchip or for unknown flags.
+    /// EINVAL without an irqchip or for unknown flags; EPERM for an address that 32-bit APIC ids rule out.
     pub fn signal_msi(&self, msi: &kvm_msi) -> Result<i32, Errno> {
         if !self.irqchip_in_kernel() || msi.flags != 0 {
             return Err(Errno::EINVAL);
@@ -363,17 +627,22 @@ impl Vm {
             address: u64::from(msi.address_hi) << 32 | u64::from(msi.address_lo),
             data: msi.data,
         };
-        Ok(chipset::deliver_msi(&self.vcpus(), msi) as i32)
+        let addressing = self.addressing();
+        if !msi.is_valid(addressing.wide) {
+            return Err(Errno::EPERM);
+        }
+        Ok(chipset::deliver_msi(&self.vcpus(), msi, addressing) as i32)
     }
 
     /// KVM_SET_GSI_ROUTING.
     ///
     /// # Errors
-    /// EINVAL, ENOMEM; ENXIO without an irqchip.
+    /// EINVAL, without an irqchip, too; ENOMEM.
     pub fn set_gsi_routing(&self, entries: &[kvm_irq_routing_entry]) -> Result<(), Errno> {
-        if entries.len() > irqchip::MAX_ROUTES {
+        if !self.irqchip_in_kernel() || entries.len() > irqchip::MAX_ROUTES {
             return Err(Errno::EINVAL);
         }
+        let (chips, wide) = (self.pic_in_kernel(), self.wide_apic_ids());
         let mut routes = Vec::new();
         routes
             .try_reserve_exact(entries.len())
@@ -381,14 +650,14 @@ impl Vm {
         for entry in entries {
             routes.push(Route {
                 gsi: entry.gsi,
-                target: route_target(entry)?,
+                target: route_target(entry, chips, wide)?,
             });
         }
         let table = RoutingTable::new(&routes).map_err(|e| match e {
             irqchip::RouteError::NoMemory => Errno::ENOMEM,
             _ => Errno::EINVAL,
         })?;
-        self.with_chipset(|c, _| c.routing = table)
+        self.with_chipset(|c, _| c.set_routing(table))
     }
 
     /// KVM_GET_IRQCHIP.
@@ -396,7 +665,7 @@ impl Vm {
     /// # Errors
     /// ENXIO without an irqchip, EINVAL for an unknown chip.
     pub fn get_irqchip(&self, id: u32) -> Result<ChipState, Errno> {
-        self.with_chipset(|c, _| match id {
+        self.with_chips(|c, _| match id {
             chip_id::PIC_MASTER => Ok(ChipState::Pic(pic_to_abi(&c.pic.state()[0]))),
             chip_id::PIC_SLAVE => Ok(ChipState::Pic(pic_to_abi(&c.pic.state()[1]))),
             chip_id::IOAPIC => {
@@ -419,7 +688,7 @@ impl Vm {
     /// # Errors
     /// ENXIO without an irqchip, EINVAL for an unknown chip.
     pub fn set_irqchip(&self, id: u32, state: &ChipState) -> Result<(), Errno> {
-        self.with_chipset(|c, vcpus| {
+        self.with_chips(|c, vcpus| {
             match (id, state) {
                 (chip_id::PIC_MASTER, ChipState::Pic(s)) => c.pic.set_master(&pic_from_abi(s)),
                 (chip_id::PIC_SLAVE, ChipState::Pic(s)) => c.pic.set_slave(&pic_from_abi(s)),
@@ -501,6 +770,28 @@ impl Vm {
         })?
     }
 
+    /// KVM_SET_PIT: the channels alone.
+    ///
+    /// # Errors
+    /// ENXIO without a PIT.
+    pub fn set_pit_channels(&self, state: &kvm_pit_state) -> Result<(), Errno> {
+        let flags = self.get_pit()?.flags;
+        self.set_pit(&kvm_pit_state2 {
+            channels: state.channels,
+            flags,
+            ..Default::default()
+        })
+    }
+
+    /// KVM_GET_PIT.
+    ///
+    /// # Errors
+    /// ENXIO without a PIT.
+    pub fn get_pit_channels(&self) -> Result<kvm_pit_state, Errno> {
+        let channels = self.get_pit()?.channels;
+        Ok(kvm_pit_state { channels })
+    }
+
     /// KVM_REINJECT_CONTROL.
     ///
     /// # Errors
@@ -513,13 +804,21 @@ impl Vm {
         })?
     }
 
-    /// Completes an interrupt at the IOAPIC.
-    pub(crate) fn eoi(&self, eoi: irqchip::EndOfInterrupt) {
+    /// Completes an interrupt of the vCPU `index` at the IOAPIC. `true`: that is user space's, and is to hear
+    /// of it.
+    pub(crate) fn eoi(&self, eoi: irqchip::EndOfInterrupt, index: usize) -> bool {
         if !self.ioapic_has(eoi.vector) {
-            return;
+            return false;
         }
         let now = self.host.now_ns();
-        let _ = self.with_chipset(|c, vcpus| c.eoi(vcpus, eoi, now));
+        self.with_chipset(|c, vcpus| {
+            if c.is_split() {
+                return c.user_ioapic_hears(vcpus, index, eoi.vector);
+            }
+            c.eoi(vcpus, eoi, now);
+            false
+        })
+        .unwrap_or(false)
     }
 
     /// Whether a pin of the IOAPIC is programmed with the vector.
@@ -543,7 +842,7 @@ impl Vm {
 
     /// The PIC's output.
     pub(crate) fn pic_output(&self) -> bool {
-        self.irqchip_in_kernel() && self.with_chipset(|c, _| c.pic.output()).unwrap_or(false)
+        self.pic_in_kernel() && self.with_chipset(|c, _| c.pic.output()).unwrap_or(false)
     }
 
     // Device accesses by vCPUs.
@@ -609,7 +908,7 @@ impl Vm {
     }
 
     fn owns_port(&self, port: u16) -> bool {
-        (is_pic_port(port) && self.irqchip_in_kernel())
+        (is_pic_port(port) && self.pic_in_kernel())
             || ((irqchip::pit::PORTS.contains(&port) || port == irqchip::pit::SPEAKER_PORT)
                 && self.pit_in_kernel.load(Ordering::Acquire))
     }
@@ -647,7 +946,7 @@ impl Vm {
 
     fn is_ioapic(&self, gpa: u64) -> bool {
         use x86defs::apic::{IOAPIC_BASE, IOAPIC_SIZE};
-        gpa.wrapping_sub(IOAPIC_BASE) < IOAPIC_SIZE && self.irqchip_in_kernel()
+        gpa.wrapping_sub(IOAPIC_BASE) < IOAPIC_SIZE && self.pic_in_kernel()
     }
 
     // ioeventfd.
@@ -657,7 +956,38 @@ impl Vm {
         if let Some(event) = &event {
             event.signal();
         }
-        event.is_some()
+        event.is_some() || self.coalesced.lock().write(bus, addr, data)
+    }
+
+    // Coalesced writes.
+
+    /// Gives the VM the page that all vCPU mappings show at [`kvm_abi::run::COALESCED_OFFSET`].
+    ///
+    /// # Errors
+    /// EEXIST, EINVAL.
+    pub fn set_coalesced_ring(&self, memory: Arc<dyn SharedMemory>) -> Result<(), Errno> {
+        self.coalesced.lock().set_ring(memory)
+    }
+
+    /// Whether [`Self::register_coalesced`] is served.
+    pub fn has_coalesced_ring(&self) -> bool {
+        self.coalesced.lock().has_ring()
+    }
+
+    /// KVM_REGISTER_COALESCED_MMIO.
+    ///
+    /// # Errors
+    /// ENXIO without a ring, EINVAL, ENOSPC, ENOMEM.
+    pub fn register_coalesced(&self, zone: &kvm_coalesced_mmio_zone) -> Result<(), Errno> {
+        self.coalesced.lock().register(zone)
+    }
+
+    /// KVM_UNREGISTER_COALESCED_MMIO.
+    ///
+    /// # Errors
+    /// ENXIO without a ring, EINVAL.
+    pub fn unregister_coalesced(&self, zone: &kvm_coalesced_mmio_zone) -> Result<(), Errno> {
+        self.coalesced.lock().unregister(zone)
     }
 
     /// KVM_IOEVENTFD.
@@ -726,12 +1056,22 @@ fn is_pic_port(port: u16) -> bool {
     matches!(port, 0x20 | 0x21 | 0xa0 | 0xa1 | 0x4d0 | 0x4d1)
 }
 
-fn route_target(entry: &kvm_irq_routing_entry) -> Result<RouteTarget, Errno> {
-    if entry.flags != 0 {
+/// What a route of user space's means. `chips`: 8259 and I/O APIC are in the kernel; `wide`: APIC ids of MSIs
+/// have 32 bits.
+fn route_target(
+    entry: &kvm_irq_routing_entry,
+    chips: bool,
+    wide: bool,
+) -> Result<RouteTarget, Errno> {
+    let known = match entry.type_ {
+        irq_routing::MSI => KVM_MSI_VALID_DEVID,
+        _ => 0,
+    };
+    if entry.flags & !known != 0 {
         return Err(Errno::EINVAL);
     }
     match entry.type_ {
-        ROUTING_IRQCHIP => {
+        irq_routing::IRQCHIP if chips => {
             let chip = entry.u[0] as u32;
             let pin = u8::try_from(entry.u[0] >> 32).map_err(|_| Errno::EINVAL)?;
             match chip {
@@ -741,10 +1081,21 @@ fn route_target(entry: &kvm_irq_routing_entry) -> Result<RouteTarget, Errno> {
                 _ => Err(Errno::EINVAL),
             }
         }
-        ROUTING_MSI => Ok(RouteTarget::Msi(Msi {
-            address: entry.u[0],
-            data: entry.u[1] as u32,
-        })),
+        irq_routing::MSI => {
+            let msi = Msi {
+                address: entry.u[0],
+                data: entry.u[1] as u32,
+            };
+            if !msi.is_valid(wide) {
+                return Err(Errno::EINVAL);
+            }
+            Ok(RouteTarget::Msi(msi))
+        }
+        // As in KVM for a guest that has not turned its SynIC on: it leads nowhere.
+        irq_routing::HV_SINT => Ok(RouteTarget::HypervSint {
+            vcpu: entry.u[0] as u32,
+            sint: (entry.u[0] >> 32) as u32,
+        }),
         _ => Err(Errno::EINVAL),
     }
 }
