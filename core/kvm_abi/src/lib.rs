@@ -146,8 +146,55 @@ abi! {
     }
     /// `kvm_cpuid_entry`: the entry of KVM_SET_CPUID.
     struct kvm_cpuid_entry { function: u32, eax: u32, ebx: u32, ecx: u32, edx: u32, padding: u32, }
+    struct kvm_msr_filter_range { flags: u32, nmsrs: u32, base: u32, pad: u32, bitmap: u64, }
+    struct kvm_msr_filter { flags: u32, pad: u32, ranges: [kvm_msr_filter_range; 16], }
+    struct kvm_x86_mce {
+        status: u64, addr: u64, misc: u64, mcg_status: u64, bank: u8, pad1: [u8; 7],
+        pad2: [u64; 3],
+    }
+    struct kvm_sync_regs { regs: kvm_regs, sregs: kvm_sregs, events: kvm_vcpu_events, }
     /// The fixed part of the calls that end in an array (`kvm_msrs`, `kvm_cpuid2`).
     struct list_head { n: u32, pad: u32, }
+}
+
+/// KVM_X86_QUIRK_*: `args[0]` of KVM_CAP_DISABLE_QUIRKS and KVM_CAP_DISABLE_QUIRKS2.
+pub mod quirk {
+    pub const LINT0_REENABLED: u64 = 1;
+    pub const CD_NW_CLEARED: u64 = 2;
+    pub const LAPIC_MMIO_HOLE: u64 = 4;
+    pub const OUT_7E_INC_RIP: u64 = 8;
+    pub const MISC_ENABLE_NO_MWAIT: u64 = 16;
+    pub const FIX_HYPERCALL_INSN: u64 = 32;
+    pub const MWAIT_NEVER_UD_FAULTS: u64 = 64;
+    /// KVM_X86_VALID_QUIRKS
+    pub const VALID: u64 = 127;
+}
+
+/// KVM_X86_DISABLE_EXITS_*: `args[0]` of KVM_CAP_X86_DISABLE_EXITS.
+pub mod disable_exits {
+    pub const MWAIT: u64 = 1;
+    pub const HLT: u64 = 2;
+    pub const PAUSE: u64 = 4;
+    pub const CSTATE: u64 = 8;
+    /// KVM_X86_DISABLE_VALID_EXITS
+    pub const VALID: u64 = 15;
+}
+
+/// `kvm_msr_filter` and its ranges.
+pub mod msr_filter {
+    pub const READ: u32 = 1;
+    pub const WRITE: u32 = 2;
+    /// `kvm_msr_filter::flags`
+    pub const DEFAULT_DENY: u32 = 1;
+    /// Bytes of the largest bitmap.
+    pub const MAX_BITMAP: usize = 0x600;
+}
+
+/// `kvm_device_attr` on vCPUs and on `/dev/kvm`.
+pub mod attr {
+    pub const VCPU_TSC_CTRL: u32 = 0;
+    pub const VCPU_TSC_OFFSET: u64 = 0;
+    pub const X86_XCOMP_GUEST_SUPP: u64 = 0;
 }
 
 /// `kvm_irqfd::flags`.
@@ -328,6 +375,10 @@ mod layout {
         same!(kvm_create_device: type_, fd, flags);
         same!(kvm_device_attr: flags, group, attr, addr);
         same!(kvm_coalesced_mmio_zone: addr, size);
+        same!(kvm_msr_filter_range: flags, nmsrs, base, bitmap);
+        same!(kvm_msr_filter: flags, ranges);
+        same!(kvm_x86_mce: status, addr, misc, mcg_status, bank);
+        same!(kvm_sync_regs: regs, sregs, events);
         same!(kvm_coalesced_mmio: phys_addr, len, data);
         same!(kvm_dirty_gfn: flags, slot, offset);
         same!(kvm_pit_state: channels);

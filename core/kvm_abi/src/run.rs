@@ -66,8 +66,16 @@ pub mod sync {
     pub const ALL: u64 = 7;
 }
 
+/// `kvm_run::flags`: the vCPU is in SMM.
+pub const FLAG_SMM: u16 = 1;
+
+/// `kvm_run::emulation_failure.flags`: the instruction's bytes are there.
+pub const EMULATION_FLAG_BYTES: u64 = 1;
+
 /// Reasons of user-space MSR exits.
 pub mod msr_reason {
+    /// KVM_MSR_EXIT_REASON_VALID_MASK
+    pub const VALID: u32 = 7;
     pub const INVAL: u32 = 1;
     pub const UNKNOWN: u32 = 2;
     pub const FILTER: u32 = 4;

@@ -466,7 +466,7 @@ impl VcpuShared {
             Accepted::No | Accepted::Coalesced => {}
             Accepted::Pending => self.notify(),
             Accepted::Nmi => self.queue_nmi(),
-            Accepted::Smi => log::debug!("vcpu {}: SMI ignored", self.id()),
+            Accepted::Smi => self.queue_smi(),
             Accepted::Init => self.queue_init(),
             Accepted::Startup(vector) => self.queue_sipi(vector),
             Accepted::RemoteRead => self.unhalt(),

@@ -395,6 +395,50 @@ impl Cpuid {
         self.amd
     }
 
+    /// The entries with the bits that follow the vCPU's state as they are now.
+    pub fn now(&self, cpu: &CpuState, apic_base: u64) -> Vec<kvm_cpuid_entry2> {
+        let mut entries = self.entries.clone();
+        for e in entries
+            .iter_mut()
+            .filter(|e| matches!(e.function, 1 | 7 | 0xd))
+        {
+            [e.eax, e.ebx, e.ecx, e.edx] = self.query(cpu, apic_base, e.function, e.index);
+        }
+        entries
+    }
+
+    /// Whether another table says the same, but for bits that follow the vCPU's state.
+    pub fn same(&self, other: &Cpuid) -> bool {
+        let stable = |e: &kvm_cpuid_entry2| {
+            let mut e = *e;
+            e.padding = [0; 3];
+            match (e.function, e.index) {
+                (1, _) => {
+                    e.ecx &= !(leaf1_ecx::OSXSAVE | leaf1_ecx::MONITOR);
+                    e.edx &= !leaf1_edx::APIC;
+                }
+                (0xd, 0 | 1) => e.ebx = 0,
+                _ => {}
+            }
+            e
+        };
+        self.entries.len() == other.entries.len()
+            && self
+                .entries
+                .iter()
+                .zip(&other.entries)
+                .all(|(a, b)| stable(a) == stable(b))
+    }
+
+    /// Takes KVM_FEATURE_PV_UNHALT away.
+    pub fn hide_pv_unhalt(&mut self) {
+        for e in &mut self.entries {
+            if e.function == leaf::KVM_FEATURES {
+                e.eax &= !kvm_feature::PV_UNHALT;
+            }
+        }
+    }
+
     fn find(&self, function: u32, index: u32) -> Option<&kvm_cpuid_entry2> {
         self.entries.iter().find(|e| {
             e.function == function

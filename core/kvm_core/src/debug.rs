@@ -51,6 +51,7 @@ impl Vcpu {
                 error: None,
                 payload: 0,
             });
+            self.env.events.exception_pending = true;
         }
         let mut control = debug.control & !(guestdbg::INJECT_DB | guestdbg::INJECT_BP);
         if control & guestdbg::ENABLE == 0 {

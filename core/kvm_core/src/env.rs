@@ -16,9 +16,11 @@ use alloc::boxed::Box;
 use alloc::sync::Arc;
 use irqchip::{Effect, Lapic, Now};
 use kvm_abi::run::{self, reason};
-use kvm_abi::{guestdbg, mp_state};
+use kvm_abi::{guestdbg, mp_state, quirk};
 use x86defs::{apic, vector};
-use x86emu::env::{Env, Exception, Exit, Features, Flush, HostCpu, NativeRegs, PhysMem, Stop};
+use x86emu::env::{
+    Env, Exception, Exit, Features, Flush, ForeignHypercall, HostCpu, NativeRegs, PhysMem, Stop,
+};
 use x86emu::state::{CpuState, XsaveArea, sreg};
 
 /// Events on their way to the guest that the interrupt controllers do not hold.
@@ -26,6 +28,14 @@ use x86emu::state::{CpuState, XsaveArea, sreg};
 pub(crate) struct Events {
     /// An exception that user space injects.
     pub exception: Option<Exception>,
+    /// `exception` has not changed any register yet, not even CR2 or DR6.
+    pub exception_pending: bool,
+    /// The processor is about to shut down.
+    pub triple_fault: bool,
+    /// An SMI waits.
+    pub smi: bool,
+    /// An INIT waits for the end of SMM.
+    pub latched_init: bool,
     /// An interrupt that user space injects, or that was acknowledged and not yet delivered.
     pub interrupt: Option<u8>,
     /// The 8259's interrupt, when that is user space's and the local APIC is not (KVM_INTERRUPT).
@@ -43,6 +53,12 @@ pub(crate) struct VcpuEnv {
     /// Position in the VM's list of vCPUs.
     pub index: usize,
     pub memory: Reader,
+    /// What the vCPU sees in SMM instead.
+    pub smram: Reader,
+    /// [`CpuState::smm`] again.
+    pub smm: bool,
+    /// NMIs were blocked when the vCPU entered SMM.
+    pub smm_inside_nmi: bool,
     pub cpuid: Cpuid,
     pub features: Features,
     pub msrs: Msrs,
@@ -58,6 +74,12 @@ pub(crate) struct VcpuEnv {
     pub mp_state: u32,
     /// Vectors whose end the I/O APIC in user space is to hear of.
     pub eoi_exits: [u64; 4],
+    /// Guest code has run: CPUID is settled.
+    pub has_run: bool,
+    /// KVM_CAP_ENFORCE_PV_FEATURE_CPUID: what the guest's CPUID does not show of KVM's own features is not there.
+    pub enforce_pv_cpuid: bool,
+    /// What KVM_GET_TSC_KHZ answers.
+    pub tsc_khz: u32,
     /// KVM_SET_GUEST_DEBUG's control.
     pub guest_debug: u32,
     /// The debugger's hardware breakpoints; the guest's while the debugger's are in place.
@@ -86,6 +108,12 @@ impl VcpuEnv {
         let bsp = shared.is_bsp();
         VcpuEnv {
             memory: Reader::for_vcpu(&vm.memory, &shared),
+            smram: Reader::for_vcpu(&vm.smram, &shared),
+            smm: false,
+            smm_inside_nmi: false,
+            has_run: false,
+            enforce_pv_cpuid: false,
+            tsc_khz: vm.default_tsc_khz(),
             cpuid,
             features,
             msrs: Msrs::new(cpuid::vendor(vm.host.cpuid(0, 0))),
@@ -119,18 +147,55 @@ impl VcpuEnv {
 
     /// Replaces CPUID.
     pub fn set_cpuid(&mut self, cpuid: Cpuid) {
-        self.features = cpuid.features(cpuid::supported_xcr0(&*self.vm.host));
-        if let Some(lapic) = self.shared.lapic() {
-            let mut lapic = lapic.lock();
-            let mut config = *lapic.config();
-            config.x2apic = self.features.leaf1_ecx & x86defs::cpuid::leaf1_ecx::X2APIC != 0;
-            config.tsc_deadline =
-                self.features.leaf1_ecx & x86defs::cpuid::leaf1_ecx::TSC_DEADLINE != 0;
-            config.max_phys_addr = cpuid.phys_bits();
-            config.directed_eoi = config.x2apic && !self.vm.pic_in_kernel();
-            lapic.set_config(config);
-        }
         self.cpuid = cpuid;
+        self.refresh_settings();
+        self.configure_lapic();
+    }
+
+    /// Tells the local APIC what it depends on.
+    pub fn configure_lapic(&mut self) {
+        use x86defs::cpuid::leaf1_ecx;
+        let Some(lapic) = self.shared.lapic() else {
+            return;
+        };
+        let mut lapic = lapic.lock();
+        let mut config = *lapic.config();
+        if !self.cpuid.entries().is_empty() {
+            config.x2apic = self.features.leaf1_ecx & leaf1_ecx::X2APIC != 0;
+            config.tsc_deadline = self.features.leaf1_ecx & leaf1_ecx::TSC_DEADLINE != 0;
+            config.max_phys_addr = self.cpuid.phys_bits();
+            config.directed_eoi = config.x2apic && !self.vm.pic_in_kernel();
+        }
+        config.cmci = self.msrs.mce.cmci();
+        config.lint0_reenabled = self.vm.settings.quirk(quirk::LINT0_REENABLED);
+        lapic.set_config(config);
+    }
+
+    /// CPUID.01H:ECX as MISC_ENABLE has it: it can hide MONITOR and MWAIT.
+    fn monitor_feature(&self, ecx: u32) -> u32 {
+        const MONITOR: u32 = x86defs::cpuid::leaf1_ecx::MONITOR;
+        if self.vm.settings.quirk(quirk::MISC_ENABLE_NO_MWAIT) {
+            ecx
+        } else if self.msrs.monitor_enabled() {
+            ecx | MONITOR
+        } else {
+            ecx & !MONITOR
+        }
+    }
+
+    /// Looks again at what CPUID, MSRs and the VM's settings say about the processor.
+    pub fn refresh_settings(&mut self) {
+        let settings = &self.vm.settings;
+        let mut features = self.cpuid.features(cpuid::supported_xcr0(&*self.vm.host));
+        features.leaf1_ecx = self.monitor_feature(features.leaf1_ecx);
+        features.cpuid_faulting = self.msrs.cpuid_faulting();
+        features.strict_monitor = !settings.quirk(quirk::MWAIT_NEVER_UD_FAULTS);
+        features.foreign_hypercall = if settings.quirk(quirk::FIX_HYPERCALL_INSN) {
+            ForeignHypercall::Patch
+        } else {
+            ForeignHypercall::Undefined
+        };
+        self.features = features;
     }
 
     /// Both clocks.
@@ -151,7 +216,9 @@ impl VcpuEnv {
     fn lapic_offset(&self, gpa: u64) -> Option<u64> {
         let lapic = self.shared.lapic()?.lock();
         let offset = gpa.wrapping_sub(lapic.base_address());
-        (offset < irqchip::lapic::MMIO_SIZE && lapic.is_xapic()).then_some(offset)
+        // Outside xAPIC mode reads give ones and writes are dropped, as long as nobody minds.
+        let hole = self.vm.settings.quirk(quirk::LAPIC_MMIO_HOLE);
+        (offset < irqchip::lapic::MMIO_SIZE && (lapic.is_xapic() || hole)).then_some(offset)
     }
 
     /// Acts on what a write to the local APIC asks for.
@@ -239,7 +306,7 @@ impl VcpuEnv {
                 }
                 None => self.vm.mmio_read(gpa, data),
             },
-            Op::Out(_) | Op::Write(_) => false,
+            _ => false,
         }
     }
 
@@ -262,7 +329,7 @@ impl VcpuEnv {
                 }
                 None => self.vm.mmio_write(gpa, data),
             },
-            Op::In(_) | Op::Read(_) => false,
+            _ => false,
         }
     }
 
@@ -347,6 +414,8 @@ impl VcpuEnv {
                 page.set_u32(run::EXIT + 16, len as u32);
                 page.write(run::EXIT + 20, &[u8::from(!op.reads())]);
             }
+            // These have a way of their own.
+            Op::Rdmsr(_) | Op::Wrmsr(_) | Op::MsrFault => {}
         }
         Err(Stop::Exit(Exit::UserSpace))
     }
@@ -359,6 +428,11 @@ impl VcpuEnv {
             Op::In(_) => self.run.read(run::PIO_OFFSET, &mut data[..len]),
             Op::Read(_) => self.run.read(run::EXIT + 8, &mut data[..len]),
             Op::Out(_) | Op::Write(_) => {}
+            Op::Rdmsr(_) | Op::Wrmsr(_) | Op::MsrFault => {
+                let recorded = self.take_msr_answer(pending.op);
+                self.inflight.rewind();
+                return recorded;
+            }
         }
         let recorded = self.inflight.record(pending.op, &data[..len]);
         self.inflight.rewind();
@@ -377,8 +451,13 @@ pub(crate) fn linear_rip(cpu: &CpuState) -> u64 {
 
 impl PhysMem for VcpuEnv {
     fn host_ptr(&mut self, gpa: u64, len: usize, write: bool) -> Option<*mut u8> {
-        let p = self.memory.host_ptr(&self.vm.memory, gpa, len, write);
-        if p.is_none() && self.memory.faults(&self.vm.memory, gpa, write) {
+        let (reader, memory) = if self.smm {
+            (&mut self.smram, &self.vm.smram)
+        } else {
+            (&mut self.memory, &self.vm.memory)
+        };
+        let p = reader.host_ptr(memory, gpa, len, write);
+        if p.is_none() && reader.faults(memory, gpa, write) {
             // An access stops at `check_host_memory`. A page walk cannot say so; it goes on without
             // the page, and the run loop ends it.
             self.host_fault = true;
@@ -425,21 +504,19 @@ impl Env for VcpuEnv {
     }
 
     fn rdmsr(&mut self, cpu: &mut CpuState, index: u32) -> Result<u64, Stop> {
-        self.get_msr(cpu, index, false).ok_or_else(|| {
-            log::debug!("vcpu {}: RDMSR {index:#x}: #GP", self.shared.id());
-            Stop::gp(0)
-        })
+        self.guest_rdmsr(cpu, index)
     }
 
     fn wrmsr(&mut self, cpu: &mut CpuState, index: u32, value: u64) -> Result<(), Stop> {
-        self.set_msr(cpu, index, value, false).ok_or_else(|| {
-            log::debug!("vcpu {}: WRMSR {index:#x}: #GP", self.shared.id());
-            Stop::gp(0)
-        })
+        self.guest_wrmsr(cpu, index, value)
     }
 
     fn cpuid(&mut self, cpu: &CpuState, leaf: u32, subleaf: u32) -> [u32; 4] {
-        self.cpuid.query(cpu, self.apic_base(), leaf, subleaf)
+        let mut regs = self.cpuid.query(cpu, self.apic_base(), leaf, subleaf);
+        if leaf == 1 {
+            regs[2] = self.monitor_feature(regs[2]);
+        }
+        regs
     }
 
     fn features(&self) -> &Features {
@@ -484,6 +561,10 @@ impl Env for VcpuEnv {
     fn hypercall(&mut self, cpu: &mut CpuState) -> Result<(), Stop> {
         self.shared.stats.count(Counter::Hypercalls);
         hypercall::call(self, cpu)
+    }
+
+    fn rsm(&mut self, cpu: &mut CpuState) -> Result<(), Stop> {
+        self.leave_smm(cpu)
     }
 
     fn retired(&mut self) {

@@ -4,6 +4,7 @@ use crate::chipset;
 use crate::env::VcpuEnv;
 use crate::sync::yield_now;
 use kvm_abi::paravirt::hypercall::{self as nr, ENOSYS, EPERM};
+use x86defs::cpuid::kvm_feature;
 use x86emu::env::Stop;
 use x86emu::state::{CodeSize, CpuState, gpr};
 
@@ -21,14 +22,16 @@ pub(crate) fn call(env: &mut VcpuEnv, cpu: &mut CpuState) -> Result<(), Stop> {
     } else {
         match number {
             nr::VAPIC_POLL_IRQ => 0,
-            nr::KICK_CPU => {
+            nr::KICK_CPU if env.pv_offered(kvm_feature::PV_UNHALT) => {
                 kick_cpu(env, a1 as u32);
                 // The other vCPU may need the CPU that this one occupies.
                 yield_now();
                 0
             }
-            nr::SEND_IPI => send_ipi(env, a0, a1, a2 as u32, a3, wide),
-            nr::SCHED_YIELD => {
+            nr::SEND_IPI if env.pv_offered(kvm_feature::PV_SEND_IPI) => {
+                send_ipi(env, a0, a1, a2 as u32, a3, wide)
+            }
+            nr::SCHED_YIELD if env.pv_offered(kvm_feature::PV_SCHED_YIELD) => {
                 yield_now();
                 0
             }

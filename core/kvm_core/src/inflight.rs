@@ -21,12 +21,18 @@ pub enum Op {
     Read(u64),
     /// A write at a guest-physical address.
     Write(u64),
+    /// RDMSR.
+    Rdmsr(u32),
+    /// WRMSR.
+    Wrmsr(u32),
+    /// An MSR access that user space has refused: #GP.
+    MsrFault,
 }
 
 impl Op {
     /// Whether user space gives data back.
     pub fn reads(self) -> bool {
-        matches!(self, Op::In(_) | Op::Read(_))
+        matches!(self, Op::In(_) | Op::Read(_) | Op::Rdmsr(_))
     }
 }
 
@@ -58,6 +64,11 @@ pub struct InFlight {
 }
 
 impl InFlight {
+    /// What the next access was, if it was made before.
+    pub fn next(&self) -> Option<Op> {
+        self.done.get(self.cursor).map(|access| access.op)
+    }
+
     /// The next access was made before: its data.
     pub fn recall(&mut self, op: Op, len: usize) -> Option<[u8; 8]> {
         let access = self.done.get(self.cursor)?;

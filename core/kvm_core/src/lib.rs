@@ -8,6 +8,7 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+mod attr;
 mod chipset;
 mod clock;
 mod coalesced;
@@ -16,21 +17,27 @@ mod debug;
 pub mod dirty_ring;
 pub mod engine;
 mod env;
+mod events;
 pub mod host;
 mod hypercall;
 mod inflight;
 pub mod interp_engine;
 pub mod ioctl;
 pub mod ioeventfd;
+pub mod mce;
 mod memory;
 pub mod msr;
+pub mod msr_filter;
 mod paravirt;
 mod regs;
 mod run;
 pub mod run_page;
+pub mod settings;
 pub mod shared_memory;
+mod smm;
 pub mod stats;
 pub mod sync;
+mod sync_regs;
 #[cfg(test)]
 mod tests;
 pub mod vcpu;

@@ -5,8 +5,9 @@
 
 use crate::cpuid::{ARCH_CAPABILITIES, Vendor};
 use crate::env::VcpuEnv;
+use crate::mce::Mce;
 use kvm_abi::paravirt::time_info;
-use x86defs::cpuid::{ext1_edx, leaf7_ebx, leaf7_edx};
+use x86defs::cpuid::{ext1_edx, kvm_feature, leaf, leaf7_ebx, leaf7_edx};
 use x86defs::{cr0, efer, msr};
 use x86emu::state::{CpuState, sreg};
 
@@ -15,9 +16,15 @@ const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 /// MTRRCAP: 8 variable ranges, fixed ranges, write combining.
 const MTRRCAP: u64 = 0x508;
 const MTRR_VARIABLE: usize = 8;
-/// MCG_CAP after KVM_CREATE_VCPU: 32 banks.
-const MCG_CAP_RESET: u64 = 32;
-const MCG_CTL_P: u64 = 1 << 8;
+/// PLATFORM_INFO and MISC_FEATURES_ENABLES: CPUID faulting is there; it is on.
+const PLATFORM_CPUID_FAULTING: u64 = 1 << 31;
+const CPUID_FAULTING: u64 = 1;
+/// MISC_ENABLE: MONITOR and MWAIT are there.
+const MISC_ENABLE_MWAIT: u64 = 1 << 18;
+/// HWCR: software may write MCi_STATUS.
+const HWCR_MC_STATUS_WRITE: u64 = 1 << 18;
+/// SMBASE after RESET.
+const SMBASE_RESET: u64 = 0x3_0000;
 /// MISC_ENABLE: fast strings, no BTS, no PEBS.
 const MISC_ENABLE_RESET: u64 = 1 | 1 << 11 | 1 << 12;
 /// HWCR: the TSC counts at the P0 frequency.
@@ -32,10 +39,8 @@ pub(crate) struct Msrs {
     mtrr_variable: [u64; 2 * MTRR_VARIABLE],
     mtrr_default: u64,
     misc_enable: u64,
-    mcg_cap: u64,
-    mcg_status: u64,
-    mcg_ctl: u64,
-    mce_banks: [u64; (msr::MC_END - msr::MC0_CTL) as usize],
+    pub mce: Mce,
+    power_ctl: u64,
     tsc_adjust: u64,
     spec_ctrl: u64,
     arch_capabilities: u64,
@@ -65,21 +70,19 @@ impl Msrs {
             mtrr_variable: [0; 16],
             mtrr_default: 0,
             misc_enable: MISC_ENABLE_RESET,
-            mcg_cap: MCG_CAP_RESET,
-            mcg_status: 0,
-            mcg_ctl: 0,
-            mce_banks: [0; 128],
+            mce: Mce::default(),
+            power_ctl: 0,
             tsc_adjust: 0,
             spec_ctrl: 0,
             arch_capabilities: ARCH_CAPABILITIES,
-            platform_info: 0,
+            platform_info: PLATFORM_CPUID_FAULTING,
             misc_features: 0,
             microcode: match vendor {
                 Vendor::Intel => 0x1_0000_0000,
                 Vendor::Amd => 0x0100_0065,
             },
             hwcr: HWCR_RESET,
-            smbase: 0x3_0000,
+            smbase: SMBASE_RESET,
             smi_count: 0,
             wall_clock: 0,
             system_time: 0,
@@ -91,6 +94,36 @@ impl Msrs {
             poll_control: 1,
             guest_stopped: false,
         }
+    }
+
+    /// The host's vendor.
+    pub fn vendor(&self) -> Vendor {
+        self.vendor
+    }
+
+    /// MISC_ENABLE says that MONITOR and MWAIT are there.
+    pub fn monitor_enabled(&self) -> bool {
+        self.misc_enable & MISC_ENABLE_MWAIT != 0
+    }
+
+    /// CPUID is #GP for programs.
+    pub fn cpuid_faulting(&self) -> bool {
+        self.misc_features & CPUID_FAULTING != 0
+    }
+
+    /// SMBASE.
+    pub fn smbase(&self) -> u64 {
+        self.smbase
+    }
+
+    /// RSM sets it.
+    pub fn set_smbase(&mut self, value: u64) {
+        self.smbase = value;
+    }
+
+    /// An SMI was taken.
+    pub fn count_smi(&mut self) {
+        self.smi_count = self.smi_count.wrapping_add(1);
     }
 
     /// MSR_KVM_PV_EOI_EN.
@@ -139,6 +172,7 @@ pub const INDEX_LIST: &[u32] = &[
     msr::MISC_ENABLE,
     msr::MISC_FEATURES_ENABLES,
     msr::PLATFORM_INFO,
+    msr::POWER_CTL,
     msr::MCG_STATUS,
     msr::MCG_CTL,
     msr::SMBASE,
@@ -213,9 +247,83 @@ fn memory_type(kind: u8, pat: bool) -> bool {
     matches!(kind, 0 | 1 | 4 | 5 | 6) || (pat && kind == 7)
 }
 
+/// Why an MSR access cannot be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// There is no such MSR.
+    Unknown,
+    /// There is, but not for this vCPU, or not with this value.
+    Invalid,
+}
+
+impl Fault {
+    /// Of an access to MSR `index` that was refused.
+    fn of(index: u32) -> Self {
+        let known = INDEX_LIST.contains(&index)
+            || FEATURE_LIST.contains(&index)
+            || Mce::owns(index)
+            || matches!(
+                index,
+                msr::X2APIC_BASE..=msr::X2APIC_END
+                    | msr::MTRRCAP
+                    | msr::PRED_CMD
+                    | msr::FLUSH_CMD
+                    | msr::DEBUGCTL
+                    | msr::PERF_STATUS
+                    | msr::PERF_CTL
+                    | msr::AMD_BU_CFG2
+                    | msr::K7_EVNTSEL0..=msr::K7_PERFCTR3
+            );
+        if known {
+            Fault::Invalid
+        } else {
+            Fault::Unknown
+        }
+    }
+}
+
 impl VcpuEnv {
+    /// RDMSR, or KVM_GET_MSRS where `host`.
+    pub fn get_msr(&mut self, cpu: &CpuState, index: u32, host: bool) -> Result<u64, Fault> {
+        self.read_msr(cpu, index, host).ok_or(Fault::of(index))
+    }
+
+    /// WRMSR, or KVM_SET_MSRS where `host`.
+    pub fn set_msr(
+        &mut self,
+        cpu: &mut CpuState,
+        index: u32,
+        value: u64,
+        host: bool,
+    ) -> Result<(), Fault> {
+        self.write_msr(cpu, index, value, host)
+            .ok_or(Fault::of(index))
+    }
+
+    /// Whether the guest's CPUID shows what KVM's own MSR belongs to, where that matters.
+    fn pv_msr_offered(&self, index: u32) -> bool {
+        let feature = match index {
+            msr::KVM_WALL_CLOCK | msr::KVM_SYSTEM_TIME => kvm_feature::CLOCKSOURCE,
+            msr::KVM_WALL_CLOCK_NEW | msr::KVM_SYSTEM_TIME_NEW => kvm_feature::CLOCKSOURCE2,
+            msr::KVM_ASYNC_PF_EN => kvm_feature::ASYNC_PF,
+            msr::KVM_STEAL_TIME => kvm_feature::STEAL_TIME,
+            msr::KVM_PV_EOI_EN => kvm_feature::PV_EOI,
+            msr::KVM_POLL_CONTROL => kvm_feature::POLL_CONTROL,
+            _ => return true,
+        };
+        self.pv_offered(feature)
+    }
+
+    /// Whether the guest may use one of KVM's own features.
+    pub fn pv_offered(&self, feature: u32) -> bool {
+        !self.enforce_pv_cpuid || self.cpuid.regs(leaf::KVM_FEATURES, 0)[0] & feature != 0
+    }
+
     /// RDMSR, or KVM_GET_MSRS where `host`. `None`: #GP.
-    pub fn get_msr(&mut self, cpu: &CpuState, index: u32, host: bool) -> Option<u64> {
+    fn read_msr(&mut self, cpu: &CpuState, index: u32, host: bool) -> Option<u64> {
+        if !self.pv_msr_offered(index) {
+            return None;
+        }
         let m = &self.msrs;
         let amd = m.vendor == Vendor::Amd;
         Some(match index {
@@ -245,22 +353,14 @@ impl VcpuEnv {
             _ if Msrs::fixed(index).is_some() => m.mtrr_fixed[Msrs::fixed(index)?],
             msr::MISC_ENABLE => m.misc_enable,
             msr::MISC_FEATURES_ENABLES => m.misc_features,
-            msr::PLATFORM_INFO => m.platform_info,
+            msr::PLATFORM_INFO if host || !self.vm.settings.hide_platform_info() => m.platform_info,
+            msr::POWER_CTL => m.power_ctl,
             msr::ARCH_CAPABILITIES if host || self.has_arch_capabilities() => m.arch_capabilities,
             msr::SPEC_CTRL if host || self.has_spec_ctrl() => m.spec_ctrl,
             msr::BIOS_SIGN_ID => m.microcode,
             msr::SMBASE if host => m.smbase,
             msr::SMI_COUNT => m.smi_count,
-            msr::MCG_CAP => m.mcg_cap,
-            msr::MCG_STATUS => m.mcg_status,
-            msr::MCG_CTL if host || m.mcg_cap & MCG_CTL_P != 0 => m.mcg_ctl,
-            msr::MC0_CTL..msr::MC_END => {
-                let at = index - msr::MC0_CTL;
-                if u64::from(at / 4) >= m.mcg_cap & 0xff {
-                    return None;
-                }
-                m.mce_banks[at as usize]
-            }
+            _ if Mce::owns(index) => return m.mce.read(index, host),
             msr::PERF_STATUS => 1000 | 4 << 40,
             msr::FSB_FREQ => 3,
             // EBC_FREQUENCY_ID: a bus at 100 MHz, as KVM says.
@@ -315,13 +415,10 @@ impl VcpuEnv {
     }
 
     /// WRMSR, or KVM_SET_MSRS where `host`. `None`: #GP.
-    pub fn set_msr(
-        &mut self,
-        cpu: &mut CpuState,
-        index: u32,
-        value: u64,
-        host: bool,
-    ) -> Option<()> {
+    fn write_msr(&mut self, cpu: &mut CpuState, index: u32, value: u64, host: bool) -> Option<()> {
+        if !self.pv_msr_offered(index) {
+            return None;
+        }
         let ok = |condition: bool| condition.then_some(());
         let amd = self.msrs.vendor == Vendor::Amd;
         match index {
@@ -400,16 +497,22 @@ impl VcpuEnv {
                 self.msrs.mtrr_fixed[Msrs::fixed(index)?] = value;
             }
             msr::MTRRCAP => ok(host && value == MTRRCAP)?,
-            msr::MISC_ENABLE => self.msrs.misc_enable = value,
+            msr::MISC_ENABLE => {
+                self.msrs.misc_enable = value;
+                self.refresh_settings();
+            }
             msr::MISC_FEATURES_ENABLES => {
-                // CPUID faulting is not offered (PLATFORM_INFO bit 31).
-                ok(value == 0)?;
+                let offered = self.msrs.platform_info & PLATFORM_CPUID_FAULTING != 0;
+                ok(value & !CPUID_FAULTING == 0 && (value == 0 || offered))?;
                 self.msrs.misc_features = value;
+                self.refresh_settings();
             }
             msr::PLATFORM_INFO => {
-                ok(host && value == 0)?;
+                let offered = value & PLATFORM_CPUID_FAULTING != 0;
+                ok(host && (offered || !self.msrs.cpuid_faulting()))?;
                 self.msrs.platform_info = value;
             }
+            msr::POWER_CTL => self.msrs.power_ctl = value,
             msr::ARCH_CAPABILITIES => {
                 ok(host)?;
                 self.msrs.arch_capabilities = value;
@@ -437,29 +540,16 @@ impl VcpuEnv {
                 ok(host)?;
                 self.msrs.smi_count = value;
             }
-            msr::MCG_STATUS => self.msrs.mcg_status = value,
-            msr::MCG_CTL => {
-                ok(host || self.msrs.mcg_cap & MCG_CTL_P != 0)?;
-                ok(value == 0 || value == u64::MAX)?;
-                self.msrs.mcg_ctl = value;
-            }
-            msr::MC0_CTL..msr::MC_END => {
-                let at = index - msr::MC0_CTL;
-                ok(u64::from(at / 4) < self.msrs.mcg_cap & 0xff)?;
-                match at % 4 {
-                    // All on or all off, but for a bit that old kernels leave off on purpose.
-                    0 => ok(value == 0 || value | 1 << 10 == u64::MAX || value | 1 == u64::MAX)?,
-                    1 if !host => ok(value == 0 || self.msrs.hwcr & (1 << 18) != 0)?,
-                    _ => {}
-                }
-                self.msrs.mce_banks[at as usize] = value;
+            _ if Mce::owns(index) => {
+                let writable = self.msrs.hwcr & HWCR_MC_STATUS_WRITE != 0;
+                self.msrs.mce.write(index, value, host, writable)?;
             }
             msr::DEBUGCTL => ok(value & !3 == 0)?,
             msr::PERF_CTL | msr::PERF_STATUS | msr::EBL_CR_POWERON => {}
             msr::AMD_HWCR if amd || host => {
                 // FFDIS, MONMWAITUSEREN, TLBCACHEDIS and IRPERFEN mean nothing here.
                 let value = value & !(1 << 6 | 1 << 8 | 1 << 3 | 1 << 30);
-                ok(value & !(1 << 18 | HWCR_RESET) == 0)?;
+                ok(value & !(HWCR_MC_STATUS_WRITE | HWCR_RESET) == 0)?;
                 self.msrs.hwcr = value;
             }
             msr::AMD_DE_CFG if amd || host => ok(value & !msr::AMD_DE_CFG_LFENCE == 0)?,
@@ -542,7 +632,7 @@ impl VcpuEnv {
         self.write_tsc(cpu, 0, true);
     }
 
-    fn set_tsc_offset(&mut self, cpu: &mut CpuState, offset: u64) {
+    pub fn set_tsc_offset(&mut self, cpu: &mut CpuState, offset: u64) {
         cpu.tsc_offset = offset;
         self.tsc_offset = offset;
         self.write_time_info(cpu);
@@ -648,7 +738,7 @@ impl VcpuEnv {
 
     /// Puts what INIT and RESET change among these MSRs to its start value.
     pub fn reset_msrs(&mut self, init: bool) {
-        self.msrs.misc_features = 0;
+        self.msrs.smi_count = 0;
         // The memory behind these may become something else.
         self.msrs.system_time = 0;
         self.msrs.steal_time = 0;
@@ -656,6 +746,8 @@ impl VcpuEnv {
         self.msrs.async_pf = 0;
         self.reset_paravirt();
         if !init {
+            self.msrs.misc_features = 0;
+            self.msrs.smbase = SMBASE_RESET;
             self.msrs.pat = PAT_RESET;
         }
     }

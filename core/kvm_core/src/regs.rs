@@ -4,14 +4,12 @@ use crate::cpuid::{Cpuid, supported_xcr0};
 use crate::vcpu::{Vcpu, request};
 use alloc::vec::Vec;
 use kvm_abi::{
-    Errno, kvm_cpuid_entry2, kvm_debugregs, kvm_dtable, kvm_exception_event, kvm_fpu,
-    kvm_interrupt_event, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_nmi_event, kvm_regs,
-    kvm_segment, kvm_sregs, kvm_sregs2, kvm_translation, kvm_vcpu_events, kvm_xcr, kvm_xcrs,
-    kvm_xsave, mp_state, vcpuevent,
+    Errno, kvm_cpuid_entry, kvm_cpuid_entry2, kvm_debugregs, kvm_dtable, kvm_fpu, kvm_lapic_state,
+    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs, kvm_sregs2, kvm_translation,
+    kvm_xcr, kvm_xcrs, kvm_xsave, mp_state,
 };
-use x86defs::{cr0, cr4, dr, efer, rflags, vector};
-use x86emu::env::Exception;
-use x86emu::state::{CpuState, DescriptorTable, Segment, XSAVE_SIZE, gpr, shadow, sreg};
+use x86defs::{cr0, cr4, dr, efer, rflags};
+use x86emu::state::{CpuState, DescriptorTable, Segment, XSAVE_SIZE, gpr, sreg};
 use x86emu::{control, paging};
 
 /// Offsets in the XSAVE area.
@@ -126,7 +124,7 @@ impl Vcpu {
         }
     }
 
-    /// KVM_SET_REGS. A pending exception is dropped, as in KVM.
+    /// KVM_SET_REGS. An exception that is not being delivered yet is dropped, as in KVM.
     pub fn set_regs(&mut self, r: &kvm_regs) {
         let cpu = self.engine.cpu();
         cpu.gpr = [
@@ -135,7 +133,9 @@ impl Vcpu {
         ];
         cpu.rip = r.rip;
         cpu.rflags = r.rflags & rflags::DEFINED | rflags::ONE;
-        self.env.events.exception = None;
+        if core::mem::take(&mut self.env.events.exception_pending) {
+            self.env.events.exception = None;
+        }
         self.engine.state_changed();
     }
 
@@ -222,8 +222,48 @@ impl Vcpu {
         }
     }
 
+    /// KVM_SET_SREGS2.
+    ///
+    /// # Errors
+    /// As KVM_SET_SREGS; EINVAL for unknown flags, and for PDPTRs without PAE paging.
+    pub fn set_sregs2(&mut self, s: &kvm_sregs2) -> Result<(), Errno> {
+        let given = s.flags & PDPTRS_VALID != 0;
+        let pae = s.cr0 & cr0::PG != 0 && s.cr4 & cr4::PAE != 0 && s.efer & efer::LMA == 0;
+        if s.flags & !PDPTRS_VALID != 0 || given && !pae {
+            return Err(Errno::EINVAL);
+        }
+        self.set_sregs_common(&kvm_sregs {
+            cs: s.cs,
+            ds: s.ds,
+            es: s.es,
+            fs: s.fs,
+            gs: s.gs,
+            ss: s.ss,
+            tr: s.tr,
+            ldt: s.ldt,
+            gdt: s.gdt,
+            idt: s.idt,
+            cr0: s.cr0,
+            cr2: s.cr2,
+            cr3: s.cr3,
+            cr4: s.cr4,
+            cr8: s.cr8,
+            efer: s.efer,
+            apic_base: s.apic_base,
+            interrupt_bitmap: [0; 4],
+        })?;
+        if given {
+            self.engine.cpu().pdptrs = s.pdptrs;
+        }
+        Ok(())
+    }
+
     fn set_sregs_common(&mut self, s: &kvm_sregs) -> Result<(), Errno> {
-        let cr4_known = self.env.features.cr4_allowed;
+        let mut cr4_known = self.env.features.cr4_allowed;
+        if self.env.cpuid.entries().is_empty() {
+            // Nobody has said yet what the processor lacks.
+            cr4_known = self.env.vm.cr4_supported();
+        }
         if s.cr4 & !cr4_known != 0
             || s.cr0 & !cr0::DEFINED != 0
             || (s.cr0 & cr0::PG != 0 && s.cr0 & cr0::PE == 0)
@@ -405,8 +445,8 @@ impl Vcpu {
     pub fn msrs(&mut self, entries: &mut [kvm_msr_entry]) -> usize {
         for (i, entry) in entries.iter_mut().enumerate() {
             match self.env.get_msr(self.engine.cpu_ref(), entry.index, true) {
-                Some(value) => entry.data = value,
-                None => return i,
+                Ok(value) => entry.data = value,
+                Err(_) => return i,
             }
         }
         entries.len()
@@ -420,7 +460,7 @@ impl Vcpu {
             if self
                 .env
                 .set_msr(cpu, entry.index, entry.data, true)
-                .is_none()
+                .is_err()
             {
                 log::debug!("MSR {:#x} refused from user space", entry.index);
                 break;
@@ -431,12 +471,23 @@ impl Vcpu {
         done
     }
 
-    /// KVM_SET_CPUID2.
+    /// KVM_SET_CPUID2. After the first KVM_RUN only what is set already can be set.
     ///
     /// # Errors
-    /// E2BIG, ENOMEM, EINVAL for register state that is not offered.
+    /// E2BIG, ENOMEM, EINVAL for register state that is not offered, and for a change that comes too late.
     pub fn set_cpuid(&mut self, entries: &[kvm_cpuid_entry2]) -> Result<(), Errno> {
-        let cpuid = Cpuid::new(entries)?;
+        let mut cpuid = Cpuid::new(entries)?;
+        if self.env.vm.settings.hlt_in_guest() {
+            // Nobody would hear of a halted vCPU that it is to be woken.
+            cpuid.hide_pv_unhalt();
+        }
+        if self.env.has_run {
+            return if self.env.cpuid.same(&cpuid) {
+                Ok(())
+            } else {
+                Err(Errno::EINVAL)
+            };
+        }
         let host = supported_xcr0(&*self.env.vm.host);
         if cpuid.xcr0() & !(host | 3) != 0 {
             return Err(Errno::EINVAL);
@@ -446,9 +497,35 @@ impl Vcpu {
         Ok(())
     }
 
-    /// KVM_GET_CPUID2.
+    /// KVM_SET_CPUID, whose entries have no subleaves.
+    ///
+    /// # Errors
+    /// As KVM_SET_CPUID2.
+    pub fn set_cpuid1(&mut self, entries: &[kvm_cpuid_entry]) -> Result<(), Errno> {
+        let mut list = Vec::new();
+        list.try_reserve_exact(entries.len())
+            .map_err(|_| Errno::ENOMEM)?;
+        list.extend(entries.iter().map(|e| kvm_cpuid_entry2 {
+            function: e.function,
+            eax: e.eax,
+            ebx: e.ebx,
+            ecx: e.ecx,
+            edx: e.edx,
+            ..Default::default()
+        }));
+        self.set_cpuid(&list)
+    }
+
+    /// KVM_GET_CPUID2: with the bits that follow the vCPU's state as they are now.
     pub fn cpuid(&self) -> Vec<kvm_cpuid_entry2> {
-        self.env.cpuid.entries().to_vec()
+        let base = self.env.apic_base();
+        self.env.cpuid.now(self.engine.cpu_ref(), base)
+    }
+
+    /// KVM_CAP_ENFORCE_PV_FEATURE_CPUID: KVM's own MSRs and hypercalls are there only where the guest's CPUID
+    /// says so.
+    pub fn enforce_pv_cpuid(&mut self, on: bool) {
+        self.env.enforce_pv_cpuid = on;
     }
 
     // Interrupts and events.
@@ -525,6 +602,15 @@ impl Vcpu {
     /// # Errors
     /// EINVAL for unknown states, and for all but RUNNABLE without an in-kernel local APIC.
     pub fn set_mp_state(&mut self, state: &kvm_mp_state) -> Result<(), Errno> {
+        // INIT does not come through in SMM.
+        let smm = self.env.smm || self.env.events.smi;
+        let init = matches!(
+            state.mp_state,
+            mp_state::INIT_RECEIVED | mp_state::SIPI_RECEIVED
+        );
+        if smm && init {
+            return Err(Errno::EINVAL);
+        }
         let in_kernel = self.env.shared.lapic().is_some();
         match state.mp_state {
             mp_state::RUNNABLE => {}
@@ -538,87 +624,6 @@ impl Vcpu {
             _ => return Err(Errno::EINVAL),
         }
         self.env.mp_state = state.mp_state;
-        Ok(())
-    }
-
-    /// KVM_GET_VCPU_EVENTS.
-    pub fn vcpu_events(&mut self) -> kvm_vcpu_events {
-        self.process_requests();
-        let cpu = self.engine.cpu_ref();
-        let e = &self.env.events;
-        let mut out = kvm_vcpu_events {
-            interrupt: kvm_interrupt_event {
-                injected: u8::from(e.interrupt.is_some()),
-                nr: e.interrupt.unwrap_or(0),
-                soft: 0,
-                shadow: shadow_to_abi(cpu.shadow),
-            },
-            nmi: kvm_nmi_event {
-                injected: 0,
-                pending: e.nmis,
-                masked: u8::from(cpu.nmi_blocked),
-                pad: 0,
-            },
-            sipi_vector: u32::from(self.env.shared.sipi_vector()),
-            flags: vcpuevent::VALID_NMI_PENDING | vcpuevent::VALID_SHADOW | vcpuevent::VALID_SMM,
-            ..Default::default()
-        };
-        if let Some(exception) = e.exception {
-            out.exception = kvm_exception_event {
-                injected: 1,
-                nr: exception.vector,
-                has_error_code: u8::from(exception.error.is_some()),
-                pending: 0,
-                error_code: exception.error.unwrap_or(0),
-            };
-        }
-        out
-    }
-
-    /// KVM_SET_VCPU_EVENTS.
-    ///
-    /// # Errors
-    /// EINVAL for unknown flags and for events that cannot be.
-    pub fn set_vcpu_events(&mut self, ev: &kvm_vcpu_events) -> Result<(), Errno> {
-        let known = vcpuevent::VALID_NMI_PENDING
-            | vcpuevent::VALID_SIPI_VECTOR
-            | vcpuevent::VALID_SHADOW
-            | vcpuevent::VALID_SMM;
-        let x = &ev.exception;
-        let exception = x.injected != 0 || x.pending != 0;
-        if ev.flags & !known != 0
-            || (exception && (x.nr > 31 || x.nr == vector::NMI))
-            || (ev.flags & vcpuevent::VALID_SMM != 0 && ev.smi.smm != 0)
-        {
-            return Err(Errno::EINVAL);
-        }
-        self.process_requests();
-        self.env.events.exception = exception.then(|| Exception {
-            vector: x.nr,
-            error: (x.has_error_code != 0).then_some(x.error_code),
-            // Without a payload the registers that hold it are user space's to set.
-            payload: if x.nr == vector::PF {
-                self.engine.cpu_ref().cr2
-            } else {
-                0
-            },
-        });
-        self.env.events.interrupt = (ev.interrupt.injected != 0).then_some(ev.interrupt.nr);
-        self.env.events.interrupt_acked = ev.interrupt.injected != 0;
-        let cpu = self.engine.cpu();
-        if ev.flags & vcpuevent::VALID_SHADOW != 0 {
-            cpu.shadow = shadow_from_abi(ev.interrupt.shadow);
-        }
-        cpu.nmi_blocked = ev.nmi.masked != 0;
-        if ev.flags & vcpuevent::VALID_NMI_PENDING != 0 {
-            self.env.events.nmis = ev.nmi.pending.min(2);
-        }
-        if ev.nmi.injected != 0 {
-            self.env.events.nmis = self.env.events.nmis.saturating_add(1).min(2);
-        }
-        if ev.flags & vcpuevent::VALID_SIPI_VECTOR != 0 {
-            self.env.shared.set_sipi_vector(ev.sipi_vector as u8);
-        }
         Ok(())
     }
 
@@ -667,21 +672,21 @@ impl Vcpu {
 
     /// KVM_GET_TSC_KHZ.
     pub fn tsc_khz(&self) -> u32 {
-        self.env.vm.host.tsc_khz()
+        self.env.tsc_khz
     }
 
-    /// KVM_SET_TSC_KHZ: only the host's frequency, within 250 ppm, can be had.
+    /// KVM_SET_TSC_KHZ: only the host's frequency, within 250 ppm, can be had; 0 means just that.
     ///
     /// # Errors
     /// EINVAL.
     pub fn set_tsc_khz(&mut self, khz: u32) -> Result<(), Errno> {
-        let host = self.tsc_khz();
-        let tolerance = (u64::from(host) * 250 / 1_000_000) as u32;
-        if khz == 0 || host.abs_diff(khz) <= tolerance {
-            Ok(())
-        } else {
-            Err(Errno::EINVAL)
+        let host = self.env.vm.host.tsc_khz();
+        let khz = if khz == 0 { host } else { khz };
+        if !crate::settings::tsc_khz_served(khz, host) {
+            return Err(Errno::EINVAL);
         }
+        self.env.tsc_khz = khz;
+        Ok(())
     }
 
     /// KVM_KVMCLOCK_CTRL: tells the guest that it was paused.
@@ -711,26 +716,4 @@ fn privilege(cpu: &CpuState) -> u8 {
     } else {
         cpu.seg[sreg::SS].dpl()
     }
-}
-
-fn shadow_to_abi(bits: u8) -> u8 {
-    let mut out = 0;
-    if bits & shadow::MOV_SS != 0 {
-        out |= vcpuevent::SHADOW_MOV_SS;
-    }
-    if bits & shadow::STI != 0 {
-        out |= vcpuevent::SHADOW_STI;
-    }
-    out
-}
-
-fn shadow_from_abi(bits: u8) -> u8 {
-    let mut out = 0;
-    if bits & vcpuevent::SHADOW_MOV_SS != 0 {
-        out |= shadow::MOV_SS;
-    }
-    if bits & vcpuevent::SHADOW_STI != 0 {
-        out |= shadow::STI;
-    }
-    out
 }

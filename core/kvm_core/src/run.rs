@@ -10,9 +10,10 @@ use crate::sync::yield_now;
 use crate::vcpu::{Vcpu, request};
 use kvm_abi::run::{self, internal, reason};
 use kvm_abi::{Errno, guestdbg, mp_state};
-use x86defs::{cr0, rflags};
-use x86emu::env::Exit;
+use x86defs::{cr0, rflags, vector};
+use x86emu::env::{Exception, Exit};
 use x86emu::event::{self, Event};
+use x86emu::paging;
 use x86emu::state::{CpuState, Segment, gpr, shadow, sreg};
 
 use crate::host::Wake;
@@ -26,6 +27,9 @@ pub(crate) enum Next {
     User,
 }
 
+/// What fills the room behind an instruction's bytes.
+const NOP: u8 = 0x90;
+
 /// Requests that wake a sleeping vCPU whatever its state.
 const WAKE_ALWAYS: u32 = request::INIT | request::SIPI | request::USER;
 
@@ -37,6 +41,7 @@ impl Vcpu {
     /// EFAULT: the host memory behind a memslot is not there; the instruction has not happened.
     pub fn run(&mut self) -> Result<(), Errno> {
         self.env.host_fault = false;
+        self.env.refresh_settings();
         self.resume();
         let result = self.run_inner();
         self.env.sync_pv_eoi();
@@ -45,6 +50,7 @@ impl Vcpu {
             self.env.shared.stats.count(Counter::SignalExits);
             self.env.run.set_reason(reason::INTR);
         }
+        self.put_sync_regs();
         self.publish();
         result
     }
@@ -57,10 +63,6 @@ impl Vcpu {
     }
 
     fn run_inner(&mut self) -> Result<(), Errno> {
-        // CR8 is user space's to set when it has the local APIC.
-        if self.env.shared.lapic().is_none() {
-            self.env.user_cr8 = self.env.run.u64(run::CR8) & 0xf;
-        }
         if self.env.mp_state == mp_state::UNINITIALIZED {
             self.check_user_exit()?;
             self.process_requests();
@@ -69,6 +71,11 @@ impl Vcpu {
                 self.process_requests();
             }
             return Err(Errno::EAGAIN);
+        }
+        self.take_sync_regs()?;
+        // CR8 is user space's to set when it has the local APIC.
+        if self.env.shared.lapic().is_none() {
+            self.env.user_cr8 = self.env.run.u64(run::CR8) & 0xf;
         }
         if self.complete_access()? == Next::User {
             return Ok(());
@@ -87,6 +94,10 @@ impl Vcpu {
         self.check_host_fault()?;
         self.check_user_exit()?;
         self.process_requests();
+        if core::mem::take(&mut self.env.events.triple_fault) {
+            self.env.run.set_reason(reason::SHUTDOWN);
+            return Ok(Next::User);
+        }
         if self.must_tell_user() {
             return Ok(Next::User);
         }
@@ -104,6 +115,7 @@ impl Vcpu {
                 return Ok(Next::Turn);
             }
         }
+        self.env.has_run = true;
         self.env.arm_timer();
         let irq_window = match self.inject() {
             Ok(Injected::Nothing) => false,
@@ -174,7 +186,7 @@ impl Vcpu {
             }
             Exit::Hlt => {
                 self.env.shared.stats.count(Counter::HaltExits);
-                if self.env.shared.lapic().is_some() {
+                if self.env.shared.lapic().is_some() || self.env.vm.settings.hlt_in_guest() {
                     self.env.mp_state = mp_state::HALTED;
                     return Ok(Next::Turn);
                 }
@@ -200,7 +212,7 @@ impl Vcpu {
                     cpu.seg[sreg::CS].selector,
                     cpu.rip
                 );
-                self.internal_error(internal::EMULATION);
+                return Ok(self.emulation_failed());
             }
             Exit::InternalError => self.internal_error(internal::EMULATION),
             Exit::Debug(exception) => self.debug_exit(&exception),
@@ -262,6 +274,8 @@ impl Vcpu {
         let ready = self.env.vm.pic_in_kernel()
             || (self.accepts_user_interrupt() && self.ready_for_interrupt());
         let page = &self.env.run;
+        let flags = if self.env.smm { run::FLAG_SMM } else { 0 };
+        page.write(run::FLAGS, &flags.to_ne_bytes());
         page.write(run::IF_FLAG, &[u8::from(if_flag)]);
         page.write(run::READY_FOR_INTERRUPT_INJECTION, &[u8::from(ready)]);
         page.set_u64(run::CR8, cr8);
@@ -294,6 +308,64 @@ impl Vcpu {
         self.env.inflight.clear();
     }
 
+    /// An instruction that nobody can execute: #UD for programs, and user space's to know of for the rest, or
+    /// always if it wants to.
+    fn emulation_failed(&mut self) -> Next {
+        let always = self.env.vm.settings.exit_on_emulation_failure();
+        let cpu = self.engine.cpu_ref();
+        let cpl = cpu.cpl;
+        if !always {
+            self.env.events.exception = Some(Exception {
+                vector: vector::UD,
+                error: None,
+                payload: 0,
+            });
+            self.env.events.exception_pending = true;
+            if cpl != 0 {
+                self.env.inflight.clear();
+                return Next::Turn;
+            }
+        }
+        self.internal_error(internal::EMULATION);
+        let mut bytes = [NOP; 15];
+        let size = self.code_bytes(&mut bytes);
+        let page = &self.env.run;
+        if size != 0 {
+            page.set_u32(run::EXIT + 4, 3); // ndata: flags, size and bytes
+            page.set_u64(run::EXIT + 8, run::EMULATION_FLAG_BYTES);
+            page.write(run::EXIT + 16, &[size as u8]);
+            page.write(run::EXIT + 17, &bytes);
+        } else {
+            page.set_u32(run::EXIT + 4, 1);
+            page.set_u64(run::EXIT + 8, 0);
+        }
+        Next::User
+    }
+
+    /// The bytes at RIP, as far as they can be read; how many.
+    fn code_bytes(&mut self, bytes: &mut [u8]) -> usize {
+        let mut done = 0;
+        while done < bytes.len() {
+            let cpu = self.engine.cpu_ref();
+            let linear = linear_rip(cpu).wrapping_add(done as u64);
+            let Some(mapping) = paging::peek(cpu, &mut self.env, linear) else {
+                break;
+            };
+            let part = (4096 - (linear & 0xfff) as usize).min(bytes.len() - done);
+            let env = &mut self.env;
+            let (reader, memory) = if env.smm {
+                (&mut env.smram, &env.vm.smram)
+            } else {
+                (&mut env.memory, &env.vm.memory)
+            };
+            if !reader.read(memory, mapping.gpa, &mut bytes[done..done + part]) {
+                break;
+            }
+            done += part;
+        }
+        done
+    }
+
     // Requests and sleep.
 
     /// Sees to what other threads asked for.
@@ -310,12 +382,21 @@ impl Vcpu {
                 .saturating_add(shared.take_nmis())
                 .min(limit);
         }
+        if shared.take_requests(request::SMI) != 0 {
+            self.env.events.smi = true;
+        }
         if shared.take_requests(request::CLOCK) != 0 {
             self.env.write_time_info(self.engine.cpu_ref());
         }
         // Both at once: a start-up IPI that is here without its INIT came outside of the protocol and
         // means nothing, but one that comes right behind its INIT must not be mistaken for that.
-        let taken = shared.take_requests(request::INIT | request::SIPI);
+        let mut taken = shared.take_requests(request::INIT | request::SIPI);
+        if self.env.smm {
+            self.env.events.latched_init |= taken & request::INIT != 0;
+            taken = 0;
+        } else if core::mem::take(&mut self.env.events.latched_init) {
+            taken |= request::INIT;
+        }
         if taken & request::INIT != 0 {
             self.init();
         }
@@ -333,11 +414,14 @@ impl Vcpu {
     /// wait for a start-up IPI.
     fn init(&mut self) {
         reset_cpu(self.engine.cpu(), true, self.env.cpuid.regs(1, 0)[0]);
+        self.env.smm = false;
+        self.env.smm_inside_nmi = false;
         self.engine.state_changed();
         self.env.reset_msrs(true);
         self.env.inflight.clear();
         self.env.events = Default::default();
         let mut bsp = true;
+        self.env.configure_lapic();
         if let Some(lapic) = self.env.shared.lapic() {
             let mut lapic = lapic.lock();
             lapic.reset(true);
@@ -369,7 +453,17 @@ impl Vcpu {
     fn wakes(&mut self) -> bool {
         let cpu = self.engine.cpu_ref();
         let events = &self.env.events;
-        if events.exception.is_some() || (events.nmis != 0 && !cpu.nmi_blocked) {
+        if events.exception.is_some()
+            || (events.nmis != 0 && !cpu.nmi_blocked)
+            || (events.smi && !cpu.smm)
+        {
+            return true;
+        }
+        // Who waits for an interrupt that user space has yet to give.
+        if self.env.run.u8(run::REQUEST_INTERRUPT_WINDOW) != 0
+            && self.env.shared.lapic().is_none()
+            && self.ready_for_interrupt()
+        {
             return true;
         }
         if self.env.shared.take_requests(request::UNHALT) != 0 {
@@ -435,6 +529,7 @@ impl Vcpu {
     /// Delivers the most urgent pending event, if the guest can take it now.
     fn inject(&mut self) -> Result<Injected, Exit> {
         if let Some(exception) = self.env.events.exception.take() {
+            self.env.events.exception_pending = false;
             // User space injects it for the guest; a debugger does not get it back.
             let debug = core::mem::take(&mut self.env.guest_debug);
             let result = self.deliver(Event::from(exception));
@@ -452,6 +547,11 @@ impl Vcpu {
         }
         if self.env.guest_debug & guestdbg::BLOCKIRQ != 0 {
             return Ok(Injected::Nothing);
+        }
+        if self.env.events.smi && !cpu.smm {
+            self.env.events.smi = false;
+            self.enter_smm();
+            return Ok(self.left_over());
         }
         if self.env.events.nmis != 0 {
             if cpu.nmi_blocked || cpu.shadow & (shadow::MOV_SS | shadow::STI) != 0 {

@@ -29,6 +29,8 @@ pub(crate) mod request {
     pub const UNHALT: u32 = 1 << 4;
     /// Return EINTR to user space once.
     pub const USER: u32 = 1 << 5;
+    /// An SMI arrived.
+    pub const SMI: u32 = 1 << 6;
 }
 
 /// The part of a vCPU that is shared with other threads.
@@ -132,6 +134,10 @@ impl VcpuShared {
 
     pub(crate) fn take_nmis(&self) -> u8 {
         self.nmis.swap(0, Ordering::AcqRel)
+    }
+
+    pub(crate) fn queue_smi(&self) {
+        self.request(request::SMI);
     }
 
     pub(crate) fn queue_init(&self) {

@@ -10,6 +10,7 @@ use crate::host::{Event, Host, Timer};
 use crate::ioeventfd::{Bus, IoEvents, Match};
 use crate::memory::Memory;
 use crate::run_page::RunPage;
+use crate::settings::Settings;
 use crate::shared_memory::SharedMemory;
 use crate::stats::{VmCounter, VmStats};
 use crate::sync::Mutex;
@@ -70,6 +71,9 @@ pub struct Vm {
     /// Serializes changes of memslots.
     slots: Mutex<()>,
     pub(crate) memory: Memory,
+    /// The memory of vCPUs in SMM: address space 1.
+    pub(crate) smram: Memory,
+    pub(crate) settings: Settings,
     vcpus: Mutex<Arc<Vcpus>>,
     chipset: Mutex<Option<Chipset>>,
     ioapic_vectors: Arc<IoapicVectors>,
@@ -89,6 +93,7 @@ pub struct Vm {
     clock: Mutex<KvmClock>,
     pub(crate) tsc: Mutex<TscWrite>,
     max_gpa: u64,
+    cr4_supported: u64,
     manual_dirty_log: AtomicBool,
     dirty_log_all_set: AtomicBool,
 }
@@ -97,6 +102,7 @@ impl Vm {
     /// KVM_CREATE_VM.
     pub fn new(host: Arc<dyn Host>, engine: Box<dyn Engine>) -> Arc<Vm> {
         let table = cpuid::Cpuid::new(&cpuid::supported(&*host)).unwrap_or_default();
+        let cr4_supported = table.features(cpuid::supported_xcr0(&*host)).cr4_allowed;
         let clock = KvmClock::new(host.tsc(), host.tsc_khz());
         Arc::new(Vm {
             host,
@@ -104,6 +110,8 @@ impl Vm {
             creation: Mutex::new(()),
             slots: Mutex::new(()),
             memory: Memory::default(),
+            smram: Memory::default(),
+            settings: Settings::default(),
             vcpus: Mutex::new(Arc::new(Vec::new())),
             chipset: Mutex::new(None),
             ioapic_vectors: Arc::default(),
@@ -119,6 +127,7 @@ impl Vm {
             clock: Mutex::new(clock),
             tsc: Mutex::new(TscWrite::default()),
             max_gpa: 1 << table.phys_bits(),
+            cr4_supported,
             manual_dirty_log: AtomicBool::new(false),
             dirty_log_all_set: AtomicBool::new(false),
         })
@@ -127,6 +136,11 @@ impl Vm {
     /// The home.
     pub fn host(&self) -> &Arc<dyn Host> {
         &self.host
+    }
+
+    /// The CR4 bits that guests can have.
+    pub(crate) fn cr4_supported(&self) -> u64 {
+        self.cr4_supported
     }
 
     /// The vCPUs there are now.
@@ -155,6 +169,18 @@ impl Vm {
 
     // Memory.
 
+    /// The address space that a slot number names in its upper half: 0, or 1 for SMM.
+    ///
+    /// # Errors
+    /// EINVAL for any other.
+    fn space(&self, slot: u32) -> Result<&Memory, Errno> {
+        match slot >> 16 {
+            0 => Ok(&self.memory),
+            1 => Ok(&self.smram),
+            _ => Err(Errno::EINVAL),
+        }
+    }
+
     /// KVM_SET_USER_MEMORY_REGION. The memory of the region must stay mapped until the slot is deleted
     /// or the VM is gone; see `home_user` for who promises that.
     ///
@@ -163,8 +189,8 @@ impl Vm {
     pub fn set_memory_region(&self, region: &Region) -> Result<(), Errno> {
         let _serial = self.slots.lock();
         let all_set = self.dirty_log_all_set.load(Ordering::Relaxed);
-        let (view, change) = self
-            .memory
+        let space = self.space(region.slot)?;
+        let (view, change) = space
             .view()
             .with_region(region, self.max_gpa, all_set)
             .map_err(|e| match e {
@@ -173,15 +199,23 @@ impl Vm {
                 RegionError::OutOfMemory => Errno::ENOMEM,
             })?;
         if change != Change::None {
-            self.memory.replace(view);
+            space.replace(view);
             self.drop_pointers(|engine| engine.memory_changed());
         }
         Ok(())
     }
 
-    /// The memslots now.
+    /// The memslots now, but for those that only vCPUs in SMM have.
     pub fn memory_view(&self) -> Arc<MemView> {
         self.memory.view()
+    }
+
+    /// The memslots now of the address space that `slot` is in.
+    ///
+    /// # Errors
+    /// EINVAL for an address space that there is not.
+    pub fn memory_view_of(&self, slot: u32) -> Result<Arc<MemView>, Errno> {
+        Ok(self.space(slot)?.view())
     }
 
     /// Makes the vCPUs drop host pointers.
@@ -210,7 +244,7 @@ impl Vm {
     pub fn get_dirty_log(&self, slot: u32) -> Result<Vec<u64>, Errno> {
         self.check_dirty_log(slot)?;
         let _serial = self.slots.lock();
-        let view = self.memory.view();
+        let view = self.memory_view_of(slot)?;
         let slot = view.slot(slot).ok_or(Errno::ENOENT)?;
         let log = slot.dirty.as_ref().ok_or(Errno::ENOENT)?;
         let clear = !self.manual_dirty_log.load(Ordering::Relaxed);
@@ -240,7 +274,7 @@ impl Vm {
             return Err(Errno::EINVAL);
         }
         let _serial = self.slots.lock();
-        let view = self.memory.view();
+        let view = self.memory_view_of(slot)?;
         let slot = view.slot(slot).ok_or(Errno::ENOENT)?;
         let log = slot.dirty.as_ref().ok_or(Errno::ENOENT)?;
         let end = first_page.checked_add(pages).ok_or(Errno::EINVAL)?;
@@ -299,7 +333,7 @@ impl Vm {
             return Err(Errno::EINVAL);
         }
         let _serial = self.slots.lock();
-        let view = self.memory.view();
+        let (view, smram) = (self.memory.view(), self.smram.view());
         // Slots that had an entry, with the first and the last page.
         let mut spans: Vec<(u32, u64, u64)> = Vec::new();
         let mut count: u32 = 0;
@@ -308,6 +342,7 @@ impl Vm {
                 continue;
             };
             let taken = ring.take_back(|entry| {
+                let view = if entry.slot >> 16 == 0 { &view } else { &smram };
                 let Some(slot) = view.slot(entry.slot) else {
                     return;
                 };
@@ -331,6 +366,7 @@ impl Vm {
             count = count.saturating_add(taken);
         }
         for (id, first, last) in spans {
+            let view = if id >> 16 == 0 { &view } else { &smram };
             if let Some(slot) = view.slot(id) {
                 let (gpa, len) = (slot.gpa + first * PAGE_SIZE, (last - first + 1) * PAGE_SIZE);
                 self.drop_pointers(|engine| engine.write_protect(gpa, len));

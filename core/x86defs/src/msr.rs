@@ -52,6 +52,9 @@ pub const MTRR_FIX4K_0: u32 = 0x268;
 pub const MTRR_FIX4K_7: u32 = 0x26f;
 pub const PAT: u32 = 0x277;
 pub const MTRR_DEF_TYPE: u32 = 0x2ff;
+pub const POWER_CTL: u32 = 0x1fc;
+pub const MC0_CTL2: u32 = 0x280;
+pub const MC31_CTL2: u32 = 0x29f;
 pub const MC0_CTL: u32 = 0x400;
 /// End (exclusive) of the machine-check banks that KVM models (32 banks of 4 MSRs).
 pub const MC_END: u32 = 0x480;

@@ -153,7 +153,7 @@ pub fn call(file: &dyn VmFile, cmd: u32, arg: u64) -> Answer {
 fn clear_dirty_log(file: &dyn VmFile, arg: u64) -> Answer {
     let log: kvm_clear_dirty_log = get(file, arg)?;
     // No bitmap is larger than the slot's; so no caller makes us read more.
-    let view = file.vm().memory_view();
+    let view = file.vm().memory_view_of(log.slot)?;
     let slot = view.slot(log.slot).ok_or(Errno::ENOENT)?;
     let pages = slot.size / guestmem::PAGE_SIZE;
     if u64::from(log.num_pages) > pages.next_multiple_of(64) {
