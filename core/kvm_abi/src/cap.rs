@@ -38,6 +38,8 @@ pub mod nr {
     pub const GET_TSC_KHZ: u32 = 61;
     pub const MAX_VCPUS: u32 = 66;
     pub const TSC_DEADLINE_TIMER: u32 = 72;
+    pub const SYNC_REGS: u32 = 74;
+    pub const KVMCLOCK_CTRL: u32 = 76;
     pub const SIGNAL_MSI: u32 = 77;
     pub const READONLY_MEM: u32 = 81;
     pub const IRQFD_RESAMPLE: u32 = 82;
@@ -45,16 +47,31 @@ pub mod nr {
     pub const IOAPIC_POLARITY_IGNORED: u32 = 97;
     pub const CHECK_EXTENSION_VM: u32 = 105;
     pub const IOEVENTFD_NO_LENGTH: u32 = 111;
+    pub const DISABLE_QUIRKS: u32 = 116;
+    pub const X86_SMM: u32 = 117;
+    pub const MULTI_ADDRESS_SPACE: u32 = 118;
     pub const IOEVENTFD_ANY_LENGTH: u32 = 122;
+    pub const VCPU_ATTRIBUTES: u32 = 127;
     pub const MAX_VCPU_ID: u32 = 128;
     pub const X2APIC_API: u32 = 129;
     pub const IMMEDIATE_EXIT: u32 = 136;
+    pub const X86_DISABLE_EXITS: u32 = 143;
+    pub const GET_MSR_FEATURES: u32 = 153;
+    pub const MSR_PLATFORM_INFO: u32 = 159;
     pub const COALESCED_PIO: u32 = 162;
     pub const EXCEPTION_PAYLOAD: u32 = 164;
     pub const MANUAL_DIRTY_LOG_PROTECT2: u32 = 168;
+    pub const X86_USER_SPACE_MSR: u32 = 188;
+    pub const X86_MSR_FILTER: u32 = 189;
+    pub const ENFORCE_PV_FEATURE_CPUID: u32 = 190;
     pub const SET_GUEST_DEBUG2: u32 = 195;
     pub const SREGS2: u32 = 200;
+    pub const EXIT_ON_EMULATION_FAILURE: u32 = 204;
     pub const XSAVE2: u32 = 208;
+    pub const SYS_ATTRIBUTES: u32 = 209;
+    pub const DISABLE_QUIRKS2: u32 = 213;
+    pub const VM_TSC_CONTROL: u32 = 214;
+    pub const X86_TRIPLE_FAULT_EVENT: u32 = 218;
 }
 
 /// Most vCPUs of a VM.
@@ -72,6 +89,13 @@ pub const fn value(cap: u32) -> i32 {
         // KVM_MAX_IRQ_ROUTES
         nr::IRQ_ROUTING => 4096,
         nr::XSAVE2 => 4096,
+        // Banks.
+        nr::MCE => 32,
+        nr::SYNC_REGS => super::run::sync::ALL as i32,
+        // Ordinary memory, and SMM's.
+        nr::MULTI_ADDRESS_SPACE => 2,
+        nr::X86_DISABLE_EXITS => super::disable_exits::SERVED as i32,
+        nr::DISABLE_QUIRKS2 => super::quirk::VALID as i32,
         nr::SET_GUEST_DEBUG2 => super::guestdbg::VALID as i32,
         nr::ADJUST_CLOCK => (super::clock::TSC_STABLE) as i32,
         nr::MANUAL_DIRTY_LOG_PROTECT2 => 3,
@@ -110,6 +134,20 @@ pub const fn value(cap: u32) -> i32 {
         | nr::CHECK_EXTENSION_VM
         | nr::IOEVENTFD_NO_LENGTH
         | nr::IOEVENTFD_ANY_LENGTH
+        | nr::KVMCLOCK_CTRL
+        | nr::DISABLE_QUIRKS
+        | nr::X86_SMM
+        | nr::VCPU_ATTRIBUTES
+        | nr::GET_MSR_FEATURES
+        | nr::MSR_PLATFORM_INFO
+        | nr::EXCEPTION_PAYLOAD
+        | nr::X86_USER_SPACE_MSR
+        | nr::X86_MSR_FILTER
+        | nr::ENFORCE_PV_FEATURE_CPUID
+        | nr::SREGS2
+        | nr::EXIT_ON_EMULATION_FAILURE
+        | nr::SYS_ATTRIBUTES
+        | nr::X86_TRIPLE_FAULT_EVENT
         | nr::IMMEDIATE_EXIT => 1,
         _ => 0,
     }
@@ -147,5 +185,23 @@ mod tests {
             kvm_bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
         );
         assert_eq!(nr::READONLY_MEM, kvm_bindings::KVM_CAP_READONLY_MEM);
+        macro_rules! same {
+            ($($name:ident $theirs:ident)*) => {
+                $(assert_eq!(nr::$name, kvm_bindings::$theirs, stringify!($name));)*
+            };
+        }
+        same! {
+            MCE KVM_CAP_MCE SYNC_REGS KVM_CAP_SYNC_REGS KVMCLOCK_CTRL KVM_CAP_KVMCLOCK_CTRL
+            DISABLE_QUIRKS KVM_CAP_DISABLE_QUIRKS X86_SMM KVM_CAP_X86_SMM
+            MULTI_ADDRESS_SPACE KVM_CAP_MULTI_ADDRESS_SPACE VCPU_ATTRIBUTES KVM_CAP_VCPU_ATTRIBUTES
+            X86_DISABLE_EXITS KVM_CAP_X86_DISABLE_EXITS GET_MSR_FEATURES KVM_CAP_GET_MSR_FEATURES
+            MSR_PLATFORM_INFO KVM_CAP_MSR_PLATFORM_INFO EXCEPTION_PAYLOAD KVM_CAP_EXCEPTION_PAYLOAD
+            X86_USER_SPACE_MSR KVM_CAP_X86_USER_SPACE_MSR X86_MSR_FILTER KVM_CAP_X86_MSR_FILTER
+            ENFORCE_PV_FEATURE_CPUID KVM_CAP_ENFORCE_PV_FEATURE_CPUID
+            EXIT_ON_EMULATION_FAILURE KVM_CAP_EXIT_ON_EMULATION_FAILURE
+            SYS_ATTRIBUTES KVM_CAP_SYS_ATTRIBUTES DISABLE_QUIRKS2 KVM_CAP_DISABLE_QUIRKS2
+            VM_TSC_CONTROL KVM_CAP_VM_TSC_CONTROL
+            X86_TRIPLE_FAULT_EVENT KVM_CAP_X86_TRIPLE_FAULT_EVENT
+        }
     }
 }

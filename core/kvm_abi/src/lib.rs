@@ -178,6 +178,8 @@ pub mod disable_exits {
     pub const CSTATE: u64 = 8;
     /// KVM_X86_DISABLE_VALID_EXITS
     pub const VALID: u64 = 15;
+    /// What guests can be spared: MWAIT never exits and is not offered.
+    pub const SERVED: u64 = HLT | PAUSE;
 }
 
 /// `kvm_msr_filter` and its ranges.

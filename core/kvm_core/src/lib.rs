@@ -32,7 +32,7 @@ mod paravirt;
 mod regs;
 mod run;
 pub mod run_page;
-pub mod settings;
+mod settings;
 pub mod shared_memory;
 mod smm;
 pub mod stats;

@@ -8,9 +8,6 @@ use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use kvm_abi::run::msr_reason;
 use kvm_abi::{Errno, disable_exits, quirk};
 
-/// The part of the exits that guests may be spared: HLT and PAUSE. MWAIT never exits, and is not offered.
-pub const DISABLED_EXITS_SERVED: u64 = disable_exits::HLT | disable_exits::PAUSE;
-
 /// The settings of one VM. Each is a word of its own: nobody reads two of them together.
 #[derive(Default)]
 pub(crate) struct Settings {

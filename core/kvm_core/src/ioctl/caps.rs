@@ -19,8 +19,17 @@ pub(super) fn enable_on_vm(vm: &Vm, c: &kvm_enable_cap) -> Answer {
     if c.flags != 0 {
         return Err(Errno::EINVAL);
     }
+    let on = c.args[0];
     match c.cap {
         cap::nr::MANUAL_DIRTY_LOG_PROTECT2 => vm.set_manual_dirty_log(c.args[0])?,
+        cap::nr::DISABLE_QUIRKS => vm.disable_quirks(on),
+        cap::nr::DISABLE_QUIRKS2 => vm.disable_quirks2(on)?,
+        cap::nr::X86_DISABLE_EXITS => vm.disable_exits(on)?,
+        cap::nr::X86_USER_SPACE_MSR => vm.set_msr_exits(on)?,
+        cap::nr::EXCEPTION_PAYLOAD => vm.set_exception_payload(on != 0),
+        cap::nr::X86_TRIPLE_FAULT_EVENT => vm.set_triple_fault_event(on != 0),
+        cap::nr::EXIT_ON_EMULATION_FAILURE => vm.set_exit_on_emulation_failure(on)?,
+        cap::nr::MSR_PLATFORM_INFO => vm.set_platform_info(on != 0),
         _ => return Err(Errno::EINVAL),
     }
     Ok(0)
@@ -30,6 +39,13 @@ pub(super) fn enable_on_vm(vm: &Vm, c: &kvm_enable_cap) -> Answer {
 ///
 /// # Errors
 /// EINVAL for what cannot be enabled.
-pub(super) fn enable_on_vcpu(_vcpu: &mut Vcpu, _c: &kvm_enable_cap) -> Answer {
-    Err(Errno::EINVAL)
+pub(super) fn enable_on_vcpu(vcpu: &mut Vcpu, c: &kvm_enable_cap) -> Answer {
+    if c.flags != 0 {
+        return Err(Errno::EINVAL);
+    }
+    match c.cap {
+        cap::nr::ENFORCE_PV_FEATURE_CPUID => vcpu.enforce_pv_cpuid(c.args[0] != 0),
+        _ => return Err(Errno::EINVAL),
+    }
+    Ok(0)
 }

@@ -1,11 +1,12 @@
 //! The ioctls of `/dev/kvm`.
 
 use super::{Answer, Caller, SystemFile, behind, caps, get, get_list, no_argument, put};
-use crate::{cpuid, msr};
+use crate::attr::system_attr;
+use crate::{cpuid, mce, msr};
 use kvm_abi::ioctl::*;
 use kvm_abi::{
     Errno, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_MAX_MSR_ENTRIES, kvm_cpuid_entry2,
-    kvm_msr_entry, list_head, run,
+    kvm_device_attr, kvm_msr_entry, list_head, run,
 };
 use zerocopy::IntoBytes;
 
@@ -46,6 +47,18 @@ pub fn call(file: &dyn SystemFile, cmd: u32, arg: u64) -> Answer {
                 }
                 done
             })
+        }
+        KVM_X86_GET_MCE_CAP_SUPPORTED => {
+            let vendor = cpuid::vendor(file.host().cpuid(0, 0));
+            put(file, arg, &mce::supported(vendor))
+        }
+        KVM_HAS_DEVICE_ATTR => {
+            let a: kvm_device_attr = get(file, arg)?;
+            system_attr(file.host(), a.group, a.attr).map(|_| 0)
+        }
+        KVM_GET_DEVICE_ATTR => {
+            let a: kvm_device_attr = get(file, arg)?;
+            put(file, a.addr, &system_attr(file.host(), a.group, a.attr)?)
         }
         _ => Err(Errno::EINVAL),
     }

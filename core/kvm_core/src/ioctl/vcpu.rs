@@ -1,10 +1,12 @@
 //! The ioctls of a vCPU.
 
 use super::system::{cpuid_in, cpuid_out, get_msrs, msrs_in};
-use super::{Answer, VcpuFile, behind, caps, get, no_argument, put};
+use super::{Answer, VcpuFile, behind, caps, get, get_list, no_argument, put};
 use crate::vcpu::Vcpu;
 use kvm_abi::ioctl::*;
-use kvm_abi::{Errno, kvm_enable_cap, kvm_xsave};
+use kvm_abi::{
+    Errno, KVM_MAX_CPUID_ENTRIES, kvm_device_attr, kvm_enable_cap, kvm_xsave, list_head,
+};
 
 /// Answers an ioctl on a vCPU's descriptor; KVM_RUN too.
 ///
@@ -20,6 +22,8 @@ pub fn call(vcpu: &mut Vcpu, file: &dyn VcpuFile, cmd: u32, arg: u64) -> Answer 
         KVM_SET_REGS => vcpu.set_regs(&get(file, arg)?),
         KVM_GET_SREGS => return put(file, arg, &vcpu.sregs()),
         KVM_SET_SREGS => vcpu.set_sregs(&get(file, arg)?)?,
+        KVM_GET_SREGS2 => return put(file, arg, &vcpu.sregs2()),
+        KVM_SET_SREGS2 => vcpu.set_sregs2(&get(file, arg)?)?,
         KVM_GET_FPU => return put(file, arg, &vcpu.fpu()),
         KVM_SET_FPU => vcpu.set_fpu(&get(file, arg)?),
         KVM_GET_XSAVE | KVM_GET_XSAVE2 => return put(file, arg, &vcpu.xsave()),
@@ -32,11 +36,34 @@ pub fn call(vcpu: &mut Vcpu, file: &dyn VcpuFile, cmd: u32, arg: u64) -> Answer 
         KVM_GET_MSRS => return get_msrs(file, arg, |entries| vcpu.msrs(entries)),
         KVM_SET_MSRS => return Ok(vcpu.set_msrs(&msrs_in(file, arg)?) as u64),
         KVM_SET_CPUID2 => vcpu.set_cpuid(&cpuid_in(file, arg)?)?,
+        KVM_SET_CPUID => {
+            let head: list_head = get(file, arg)?;
+            if head.n as usize > KVM_MAX_CPUID_ENTRIES {
+                return Err(Errno::E2BIG);
+            }
+            vcpu.set_cpuid1(&get_list(file, behind(arg, 8)?, head.n as usize)?)?;
+        }
         KVM_GET_CPUID2 => return cpuid_out(file, arg, &vcpu.cpuid()),
         KVM_GET_LAPIC => return put(file, arg, &vcpu.lapic()?),
         KVM_SET_LAPIC => vcpu.set_lapic(&get(file, arg)?)?,
         KVM_INTERRUPT => vcpu.interrupt(get(file, arg)?)?,
         KVM_NMI => vcpu.nmi(),
+        KVM_SMI => vcpu.smi(),
+        KVM_X86_SETUP_MCE => vcpu.setup_mce(get(file, arg)?)?,
+        KVM_X86_SET_MCE => vcpu.set_mce(&get(file, arg)?)?,
+        KVM_HAS_DEVICE_ATTR => {
+            let a: kvm_device_attr = get(file, arg)?;
+            vcpu.has_device_attr(a.group, a.attr)?;
+        }
+        KVM_GET_DEVICE_ATTR => {
+            let a: kvm_device_attr = get(file, arg)?;
+            return put(file, a.addr, &vcpu.device_attr(a.group, a.attr)?);
+        }
+        KVM_SET_DEVICE_ATTR => {
+            let a: kvm_device_attr = get(file, arg)?;
+            vcpu.has_device_attr(a.group, a.attr)?;
+            vcpu.set_device_attr(a.group, a.attr, get(file, a.addr)?)?;
+        }
         KVM_GET_MP_STATE => return put(file, arg, &vcpu.mp_state()),
         KVM_SET_MP_STATE => vcpu.set_mp_state(&get(file, arg)?)?,
         KVM_GET_VCPU_EVENTS => return put(file, arg, &vcpu.vcpu_events()),

@@ -2,14 +2,16 @@
 
 use super::{Answer, VmFile, behind, caps, get, get_list, put};
 use crate::ioeventfd::{Bus, Match};
+use crate::msr_filter::MsrFilter;
 use crate::vm::ChipState;
 use guestmem::Region;
 use kvm_abi::ioctl::*;
 use kvm_abi::{
     Errno, ioeventfd_flag, irqchip, irqfd_flag, kvm_clear_dirty_log, kvm_clock_data,
     kvm_create_device, kvm_dirty_log, kvm_enable_cap, kvm_ioapic_state, kvm_ioeventfd,
-    kvm_irq_level, kvm_irq_routing_entry, kvm_irqchip, kvm_irqfd, kvm_msi, kvm_pic_state,
-    kvm_pit_config, kvm_pit_state2, kvm_reinject_control, kvm_userspace_memory_region, list_head,
+    kvm_irq_level, kvm_irq_routing_entry, kvm_irqchip, kvm_irqfd, kvm_msi, kvm_msr_filter,
+    kvm_pic_state, kvm_pit_config, kvm_pit_state2, kvm_reinject_control,
+    kvm_userspace_memory_region, list_head,
 };
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -138,6 +140,17 @@ pub fn call(file: &dyn VmFile, cmd: u32, arg: u64) -> Answer {
         KVM_SET_CLOCK => {
             let clock: kvm_clock_data = get(file, arg)?;
             vm.set_clock(&clock)?;
+            Ok(0)
+        }
+
+        KVM_GET_TSC_KHZ => Ok(vm.default_tsc_khz().into()),
+        KVM_SET_TSC_KHZ => {
+            vm.set_default_tsc_khz(u32::try_from(arg).map_err(|_| Errno::EINVAL)?)?;
+            Ok(0)
+        }
+        KVM_X86_SET_MSR_FILTER => {
+            let filter: kvm_msr_filter = get(file, arg)?;
+            vm.set_msr_filter(MsrFilter::new(&filter, |addr, out| file.read(addr, out))?);
             Ok(0)
         }
 
