@@ -17,6 +17,8 @@ use crate::options::{DiskSpec, MemorySize};
 Examples:
   anykvm run                        boot Debian's kernel to a root shell; leave with 'exit'
   anykvm run -- uname -a            run one command in a fresh virtual machine
+  anykvm exec -- qemu-system-x86_64 -accel kvm ...
+                                    run another VMM, unmodified, where there is no KVM
   anykvm check                      say what this machine offers and which engine is used
   anykvm fetch                      download the default guest now, to be offline later
 
@@ -45,6 +47,8 @@ pub struct Cli {
 pub enum Command {
     /// Start a virtual machine and connect it to this terminal
     Run(Box<RunArgs>),
+    /// Run a program that needs /dev/kvm, such as QEMU, with AnyKVM in its place
+    Exec(ExecArgs),
     /// Say what this machine offers and which engine will be used
     Check(CheckArgs),
     /// Download and prepare the default guest, so that 'run' works offline
@@ -136,6 +140,45 @@ fn cpus(text: &str) -> Result<u32, String> {
         Ok(number) => Ok(u32::try_from(number).unwrap_or(u32::MAX)),
         Err(_) => Err("write a number, e.g. 2".into()),
     }
+}
+
+/// `anykvm exec`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+Examples:
+  anykvm exec -- qemu-system-x86_64 -accel kvm -M q35 -cpu host -m 1G -nographic -hda disk.img
+  anykvm exec --engine jit -- my-vmm    AnyKVM's translator even if the machine has a real /dev/kvm
+
+The program sees a /dev/kvm that serves KVM's interface, inside its own process: no root, no kernel
+module, no change to the program. It must be an x86-64 program that uses the GNU C library; what it
+starts is served as well. The exit code is the program's.
+
+Exit codes of AnyKVM itself:
+  2    the command line is wrong
+  125  AnyKVM could not start
+  126  the program cannot be run or cannot be served (a static or a set-user-ID program)
+  127  there is no such program")]
+pub struct ExecArgs {
+    /// What executes the guest's instructions
+    #[arg(long, value_name = "ENGINE", default_value = "auto")]
+    pub engine: ExecEngine,
+
+    /// The program and its arguments
+    #[arg(last = true, required = true, value_name = "PROGRAM")]
+    pub command: Vec<OsString>,
+}
+
+/// `anykvm exec --engine`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ExecEngine {
+    /// The hardware's if this machine has VT-x or AMD-V that you may use, else jit
+    Auto,
+    /// AnyKVM's own translator: works everywhere
+    Jit,
+    /// AnyKVM's interpreter: very slow, to look for mistakes
+    Interp,
+    /// The /dev/kvm of this machine, whoever serves it
+    Kvm,
 }
 
 /// `anykvm check`.

@@ -38,6 +38,13 @@ impl Error {
         }
     }
 
+    /// With another exit code.
+    #[must_use]
+    pub fn with_code(mut self, code: u8) -> Self {
+        self.exit_code = code;
+        self
+    }
+
     /// Adds what the user can do about it.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {

@@ -5,6 +5,7 @@ pub mod check;
 pub mod cli;
 pub mod disk;
 pub mod error;
+pub mod exec;
 pub mod guest;
 pub mod options;
 pub mod progress;

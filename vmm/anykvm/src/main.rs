@@ -8,7 +8,7 @@ use anykvm::cli::{Cli, Command, FetchArgs};
 use anykvm::error::{EXIT_FAILED, EXIT_USAGE};
 use anykvm::guest::Cache;
 use anykvm::progress::Progress;
-use anykvm::{Error, run, terminal};
+use anykvm::{Error, exec, run, terminal};
 use clap::Parser;
 use clap::error::ErrorKind;
 
@@ -37,6 +37,7 @@ fn real_main() -> Result<u8, Error> {
     start_log(cli.log.into());
     match cli.command {
         Command::Run(args) => run::run(&args),
+        Command::Exec(args) => exec::exec(&args),
         Command::Check(args) => check(args.json),
         Command::Fetch(args) => fetch(&args),
     }
