@@ -604,7 +604,10 @@ impl VcpuEnv {
 
     fn has_spec_ctrl(&self) -> bool {
         let amd = self.cpuid.regs(0x8000_0008, 0)[1];
-        self.features.leaf7_edx & leaf7_edx::SPEC_CTRL != 0 || amd & (7 << 12) != 0
+        // IBRS_ALL of ARCH_CAPABILITIES makes guests set IBRS, whatever the vendor.
+        self.has_arch_capabilities()
+            || self.features.leaf7_edx & leaf7_edx::SPEC_CTRL != 0
+            || amd & (7 << 12) != 0
     }
 
     /// Engines notice a change of EFER themselves: it is in the CPU state that they pass.

@@ -5,11 +5,12 @@
 //! guest code until it exits, decide what the exit means.
 
 use crate::env::linear_rip;
+use crate::inflight::Op;
 use crate::stats::Counter;
 use crate::sync::yield_now;
 use crate::vcpu::{Vcpu, request};
 use kvm_abi::run::{self, internal, reason};
-use kvm_abi::{Errno, guestdbg, mp_state};
+use kvm_abi::{Errno, guestdbg, mp_state, quirk};
 use x86defs::{cr0, rflags, vector};
 use x86emu::env::{Exception, Exit};
 use x86emu::event::{self, Event};
@@ -177,6 +178,9 @@ impl Vcpu {
     /// What an exit means.
     pub(crate) fn decide(&mut self, exit: Exit) -> Result<Next, Errno> {
         self.check_host_fault()?;
+        if exit == Exit::UserSpace && self.retires_before_exit() {
+            return self.retire_then_exit();
+        }
         let page = &self.env.run;
         match exit {
             Exit::Interrupted => return Ok(Next::Turn),
@@ -306,6 +310,35 @@ impl Vcpu {
         page.set_u32(run::EXIT, suberror);
         page.set_u32(run::EXIT + 4, 0);
         self.env.inflight.clear();
+    }
+
+    /// OUT to port 7EH, whose listeners in user space expect RIP behind it, unless told otherwise.
+    fn retires_before_exit(&mut self) -> bool {
+        let pending = self.env.inflight.pending;
+        if !pending.is_some_and(|p| p.op == Op::Out(0x7e))
+            || !self.env.vm.settings.quirk(quirk::OUT_7E_INC_RIP)
+        {
+            return false;
+        }
+        let mut bytes = [0; 2];
+        let opcode = match self.code_bytes(&mut bytes) {
+            2 if bytes[0] == 0x66 => bytes[1],
+            0 => return false,
+            _ => bytes[0],
+        };
+        // Not OUTS, which may have more to write.
+        matches!(opcode, 0xe6 | 0xe7 | 0xee | 0xef)
+    }
+
+    /// Finishes the instruction whose access `kvm_run` describes.
+    fn retire_then_exit(&mut self) -> Result<Next, Errno> {
+        if let Some(pending) = self.env.inflight.pending.take()
+            && self.env.take_answer(pending)
+            && let Some(exit) = self.engine.step(&mut self.env)
+        {
+            return self.decide(exit);
+        }
+        Ok(Next::User)
     }
 
     /// An instruction that nobody can execute: #UD for programs, and user space's to know of for the rest, or
