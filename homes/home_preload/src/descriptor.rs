@@ -2,7 +2,7 @@
 
 use crate::real::{fail, real};
 use home_user::process;
-use libc::{c_int, c_uint, c_ulong, c_void};
+use libc::{c_int, c_uint, c_ulong, c_void, off_t, size_t};
 
 /// The type byte of KVM's ioctls (KVMIO).
 const KVMIO: c_ulong = 0xae;
@@ -81,3 +81,27 @@ pub unsafe extern "C" fn dup3(old: c_int, new: c_int, flags: c_int) -> c_int {
     gone(new, new);
     result
 }
+
+macro_rules! maps {
+    ($($name:ident)*) => {$(
+        /// # Safety
+        /// As the C library's.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name(
+            addr: *mut c_void,
+            len: size_t,
+            protection: c_int,
+            flags: c_int,
+            fd: c_int,
+            offset: off_t,
+        ) -> *mut c_void {
+            let p = real!($name(addr, len, protection, flags, fd, offset):
+                fn(*mut c_void, size_t, c_int, c_int, c_int, off_t) -> *mut c_void);
+            if fd >= 0 && process::in_use() && p != libc::MAP_FAILED && flags & libc::MAP_SHARED != 0 {
+                process::mapped(fd, p as usize, len, offset as usize);
+            }
+            p
+        }
+    )*};
+}
+maps!(mmap mmap64);

@@ -47,7 +47,7 @@ macro_rules! real {
             },
         );
         match FUNCTION.address() {
-            0 => $crate::real::fail(libc::ENOSYS) as $ret,
+            0 => $crate::real::fail(libc::ENOSYS) as isize as $ret,
             address => {
                 // SAFETY: the address is that of the C library's function of this name, whose type is given;
                 // the arguments are the program's.

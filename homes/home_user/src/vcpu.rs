@@ -11,6 +11,7 @@ use kvm_bindings::{
     kvm_run, kvm_sregs, kvm_translation, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_core::run_page::RunPage;
+use kvm_core::shared_memory::SharedMemory;
 use kvm_core::vcpu::VcpuShared;
 use std::os::fd::{AsRawFd, RawFd};
 use std::ptr::NonNull;
@@ -96,20 +97,28 @@ impl std::fmt::Debug for Vcpu {
 
 impl Vcpu {
     pub(crate) fn new(vm: &Arc<kvm_core::Vm>, id: u32) -> Result<Self, Errno> {
-        Self::with(vm, id, Mapping::new()?)
+        Self::with(vm, id, Mapping::new()?, None)
     }
 
-    /// A vCPU whose `kvm_run` is a file of [`run::MMAP_SIZE`] bytes that cannot shrink.
+    /// A vCPU whose `kvm_run` is a file of at least [`run::MMAP_SIZE`] bytes that cannot shrink, with the
+    /// memory of its dirty ring if the VM has dirty rings.
     pub(crate) fn on_file(
         vm: &Arc<kvm_core::Vm>,
         id: u32,
         file: &impl AsRawFd,
+        ring: Option<Arc<dyn SharedMemory>>,
     ) -> Result<Self, Errno> {
-        Self::with(vm, id, Mapping::of(libc::MAP_SHARED, file.as_raw_fd())?)
+        let mapping = Mapping::of(libc::MAP_SHARED, file.as_raw_fd())?;
+        Self::with(vm, id, mapping, ring)
     }
 
-    fn with(vm: &Arc<kvm_core::Vm>, id: u32, mapping: Mapping) -> Result<Self, Errno> {
-        let core = vm.create_vcpu(id, mapping.page())?;
+    fn with(
+        vm: &Arc<kvm_core::Vm>,
+        id: u32,
+        mapping: Mapping,
+        ring: Option<Arc<dyn SharedMemory>>,
+    ) -> Result<Self, Errno> {
+        let core = vm.create_vcpu_with_ring(id, mapping.page(), ring)?;
         let shared = core.shared().clone();
         Ok(Vcpu {
             core: Mutex::new(core),
@@ -120,6 +129,10 @@ impl Vcpu {
     }
 
     pub(crate) fn shared(&self) -> &VcpuShared {
+        &self.shared
+    }
+
+    pub(crate) fn shared_arc(&self) -> &Arc<VcpuShared> {
         &self.shared
     }
 

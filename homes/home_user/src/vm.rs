@@ -80,6 +80,10 @@ impl Vm {
         }
     }
 
+    pub(crate) fn host(&self) -> &UserHost {
+        &self.host
+    }
+
     pub(crate) fn core(&self) -> &Arc<kvm_core::Vm> {
         &self.core
     }

@@ -11,6 +11,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 pub const SYSTEM: &CStr = c"anykvm";
 pub const VM: &CStr = c"anykvm-vm";
 pub const VCPU: &CStr = c"anykvm-vcpu";
+pub const STATS: &CStr = c"anykvm-stats";
 
 /// An inode, for as long as it is open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -112,7 +113,7 @@ pub fn named(fd: RawFd) -> Option<&'static CStr> {
     let target = std::fs::read_link(format!("/proc/self/fd/{fd}")).ok()?;
     let name = target.to_str()?.strip_prefix("/memfd:")?;
     let name = name.strip_suffix(" (deleted)").unwrap_or(name);
-    [SYSTEM, VM, VCPU]
+    [SYSTEM, VM, VCPU, STATS]
         .into_iter()
         .find(|n| n.to_bytes() == name.as_bytes())
 }

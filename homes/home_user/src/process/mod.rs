@@ -11,7 +11,9 @@
 mod files;
 mod memory;
 mod objects;
+mod shared;
 pub mod signals;
+mod stats;
 mod table;
 
 use crate::system::EngineKind;
@@ -69,13 +71,10 @@ pub enum Kind {
 
 /// Whether `fd` is one of ours.
 pub fn kind(fd: RawFd) -> Option<Kind> {
-    match table::find(fd) {
-        table::Found::Ours(object) => Some(match *object {
-            Object::System => Kind::System,
-            _ => Kind::Other,
-        }),
-        _ => None,
-    }
+    table::known(fd).map(|object| match *object {
+        Object::System => Kind::System,
+        _ => Kind::Other,
+    })
 }
 
 /// Whether this process has or had any descriptor of ours: without one there is nothing to look for.
@@ -87,6 +86,14 @@ pub fn in_use() -> bool {
 /// objects without descriptors go.
 pub fn closed(first: RawFd, last: RawFd) {
     table::closed(first, last);
+}
+
+/// The program has mapped `len` bytes of `fd` at `addr`, from byte `offset` on: a vCPU's mapping shows pages
+/// of its VM's, too.
+pub fn mapped(fd: RawFd, addr: usize, len: usize, offset: usize) {
+    if let Some(object) = table::known(fd) {
+        object.mapped(addr, len, offset);
+    }
 }
 
 extern "C" fn before_fork() {

@@ -1,7 +1,9 @@
 //! What is behind the descriptors: `/dev/kvm`, VMs, vCPUs.
 
 use super::files::{self, KvmFile};
+use super::shared::{CoalescedPage, SharedPages};
 use super::signals::{self, RunMask};
+use super::stats::{self, StatsObject};
 use super::{engine, memory, table};
 use crate::events::EventFdEvent;
 use crate::host::Bare;
@@ -13,6 +15,8 @@ use kvm_abi::ioctl::KVM_RUN;
 use kvm_abi::{Errno, irqfd_flag, kvm_irqfd, run};
 use kvm_core::host::{Event, Host};
 use kvm_core::ioctl::{self, Answer, Caller, SystemFile, VcpuFile, VmFile};
+use kvm_core::shared_memory::SharedMemory;
+use kvm_core::stats::StatsImage;
 use std::os::fd::{BorrowedFd, IntoRawFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -24,6 +28,8 @@ pub enum Object {
     Vm(VmObject),
     /// A vCPU.
     Vcpu(Box<VcpuObject>),
+    /// Counters.
+    Stats(#[expect(dead_code, reason = "lives as long as the descriptor")] StatsObject),
 }
 
 impl Object {
@@ -33,6 +39,14 @@ impl Object {
             Object::System => ioctl::system::call(&SystemObject, cmd, arg),
             Object::Vm(vm) => ioctl::vm::call(vm, cmd, arg),
             Object::Vcpu(vcpu) => vcpu.ioctl(cmd, arg),
+            Object::Stats(_) => Err(Errno::ENOTTY),
+        }
+    }
+
+    /// The program has mapped the descriptor.
+    pub fn mapped(&self, addr: usize, len: usize, offset: usize) {
+        if let Object::Vcpu(vcpu) = self {
+            vcpu.vm.coalesced.show_in(addr, len, offset);
         }
     }
 }
@@ -63,19 +77,28 @@ impl SystemFile for SystemObject {
         let mask = signals::block_all();
         let vm = System::new(engine()).and_then(|system| system.create_vm());
         signals::restore_mask(mask);
-        let vm = Arc::new(vm?);
+        let vm = vm?;
         signals::activate();
+        let (coalesced, pages) = CoalescedPage::new()?;
+        vm.core().set_coalesced_ring(Arc::new(pages))?;
+        let vm = Arc::new(VmState { vm, coalesced });
         let file = KvmFile::new(files::VM, 0)?;
         let fd = table::publish(file, Object::Vm(VmObject(vm.clone())))?;
         if let Some(watcher) = table::watcher() {
-            vm.on_readable(watcher, Box::new(table::collect))?;
+            vm.vm.on_readable(watcher, Box::new(table::collect))?;
         }
         Ok(fd.into_raw_fd() as u64)
     }
 }
 
+/// What a VM and its vCPUs share.
+struct VmState {
+    vm: Vm,
+    coalesced: CoalescedPage,
+}
+
 /// A VM.
-pub struct VmObject(Arc<Vm>);
+pub struct VmObject(Arc<VmState>);
 
 /// A descriptor's number, checked to be one.
 fn borrowed(fd: RawFd) -> Result<BorrowedFd<'static>, Errno> {
@@ -84,15 +107,29 @@ fn borrowed(fd: RawFd) -> Result<BorrowedFd<'static>, Errno> {
 
 impl VmFile for VmObject {
     fn vm(&self) -> &Arc<kvm_core::Vm> {
-        self.0.core()
+        self.0.vm.core()
     }
 
     fn create_vcpu(&self, id: u32) -> Answer {
-        let file = KvmFile::new(files::VCPU, run::MMAP_SIZE)?;
-        let vcpu = Vcpu::on_file(self.0.core(), id, &file.own)?;
+        let core = self.0.vm.core();
+        let ring_size = core.dirty_ring_bytes() as usize;
+        let size = match ring_size {
+            0 => run::MMAP_SIZE,
+            bytes => run::DIRTY_RING_OFFSET + bytes,
+        };
+        let file = KvmFile::new(files::VCPU, size)?;
+        let ring: Option<Arc<dyn SharedMemory>> = match ring_size {
+            0 => None,
+            bytes => Some(Arc::new(SharedPages::map(
+                &file.own,
+                run::DIRTY_RING_OFFSET,
+                bytes,
+            )?)),
+        };
+        let vcpu = Vcpu::on_file(core, id, &file.own, ring)?;
         let object = VcpuObject {
             vcpu,
-            _vm: self.0.clone(),
+            vm: self.0.clone(),
             signal_mask: Mutex::new(None),
         };
         let fd = table::publish(file, Object::Vcpu(Box::new(object)))?;
@@ -110,20 +147,24 @@ impl VmFile for VmObject {
             let resample = borrowed(irqfd.resamplefd as RawFd)?;
             EventFdEvent::checked(&resample)?;
             self.0
+                .vm
                 .register_irqfd_with_resample(&fd, &resample, irqfd.gsi)
         } else {
-            self.0.register_irqfd(&fd, irqfd.gsi)
+            self.0.vm.register_irqfd(&fd, irqfd.gsi)
         }
     }
 
     fn deassign_irqfd(&self, irqfd: &kvm_irqfd) -> Result<(), Errno> {
         let fd = borrowed(irqfd.fd as RawFd)?;
         EventFdEvent::checked(&fd)?;
-        self.0.unregister_irqfd(&fd, irqfd.gsi)
+        self.0.vm.unregister_irqfd(&fd, irqfd.gsi)
     }
 
     fn stats_fd(&self) -> Answer {
-        Err(Errno::ENOTTY)
+        stats::open(
+            self.0.vm.host(),
+            StatsImage::of_vm(self.0.vm.core(), std::process::id()),
+        )
     }
 }
 
@@ -131,7 +172,7 @@ impl VmFile for VmObject {
 pub struct VcpuObject {
     vcpu: Vcpu,
     /// A vCPU keeps its VM.
-    _vm: Arc<Vm>,
+    vm: Arc<VmState>,
     signal_mask: Mutex<Option<u64>>,
 }
 
@@ -172,6 +213,9 @@ impl VcpuFile for VcpuObject {
     }
 
     fn stats_fd(&self) -> Answer {
-        Err(Errno::ENOTTY)
+        stats::open(
+            self.vm.vm.host(),
+            StatsImage::of_vcpu(self.vcpu.shared_arc(), std::process::id()),
+        )
     }
 }

@@ -52,23 +52,25 @@ pub fn in_use() -> bool {
     IN_USE.load(Ordering::Acquire)
 }
 
+/// The object behind a descriptor, if this process has made it.
+pub fn known(fd: RawFd) -> Option<Arc<Object>> {
+    if let Some(object) = read().as_ref().and_then(|t| t.by_fd.get(&fd)) {
+        return Some(object.clone());
+    }
+    let id = id_of(fd)?;
+    let object = read().as_ref()?.by_file.get(&id)?.clone();
+    write().as_mut()?.by_fd.insert(fd, object.clone());
+    Some(object)
+}
+
 /// Looks a descriptor up.
 pub fn find(fd: RawFd) -> Found {
-    if let Some(object) = read().as_ref().and_then(|t| t.by_fd.get(&fd)) {
-        return Found::Ours(object.clone());
+    if let Some(object) = known(fd) {
+        return Found::Ours(object);
     }
     let Some(id) = id_of(fd) else {
         return Found::Nothing;
     };
-    let mut table = write();
-    let known = table.as_ref().and_then(|t| t.by_file.get(&id)).cloned();
-    if let Some(object) = known {
-        if let Some(t) = table.as_mut() {
-            t.by_fd.insert(fd, object.clone());
-        }
-        return Found::Ours(object);
-    }
-    drop(table);
     match files::named(fd) {
         // /dev/kvm itself has no state: one that was inherited or received is as good as any.
         Some(name) if name == files::SYSTEM => {
