@@ -114,7 +114,7 @@ fn stop_cont(run: &Run) -> Result {
         vm.session.skip();
         vm.session.expect("....", SOON)?;
     }
-    vm.session.type_in("kill %1\n")?;
+    vm.session.type_in("kill $!\n")?;
     std::thread::sleep(Duration::from_millis(300));
     vm.works(2)?;
     vm.power_off()
