@@ -35,6 +35,13 @@ pub enum Command {
     Prompt,
     /// Memory of the process beside the guest's RAM
     Memory,
+    /// What leaving guest code costs a VMM: exits, wake-ups, events; here and on this machine's /dev/kvm
+    Exits,
+    /// QEMU with AnyKVM for its /dev/kvm beside the same QEMU with TCG: boot and workloads
+    Qemu,
+    /// The VMM of 'exits'
+    #[command(hide = true)]
+    ExitsChild,
     /// All of these
     All,
 }
@@ -47,6 +54,9 @@ impl Command {
             Self::User => "user",
             Self::Prompt => "prompt",
             Self::Memory => "memory",
+            Self::Exits => "exits",
+            Self::Qemu => "qemu",
+            Self::ExitsChild => "exits-child",
             Self::All => "all",
         }
     }

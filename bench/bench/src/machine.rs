@@ -20,6 +20,10 @@ pub enum Kind {
     Native,
     /// AnyKVM.
     AnyKvm,
+    /// QEMU with a PC, its -accel kvm served by AnyKVM.
+    Qemu,
+    /// QEMU with its smallest machine, its -accel kvm served by AnyKVM.
+    QemuMicrovm,
     /// QEMU's TCG with a PC.
     Tcg,
     /// QEMU's TCG with its smallest machine. On a busy host its guest sometimes cannot calibrate
@@ -33,6 +37,8 @@ impl Kind {
         match self {
             Self::Native => "native",
             Self::AnyKvm => "anykvm",
+            Self::Qemu => "qemu+anykvm",
+            Self::QemuMicrovm => "qemu-microvm+anykvm",
             Self::Tcg => "tcg",
             Self::Microvm => "tcg-microvm",
         }
@@ -48,6 +54,7 @@ impl Kind {
         let available = |kind: &Self| match kind {
             Self::Native => setup.native(),
             Self::AnyKvm => setup.anykvm.is_some(),
+            Self::Qemu | Self::QemuMicrovm => setup.anykvm.is_some() && setup.qemu.is_some(),
             Self::Tcg | Self::Microvm => setup.qemu.is_some(),
         };
         kinds.iter().copied().filter(available).collect()
@@ -74,15 +81,27 @@ impl Kind {
                     .arg(initrd);
                 command
             }
-            Self::Tcg | Self::Microvm => {
+            Self::Tcg | Self::Microvm | Self::Qemu | Self::QemuMicrovm => {
                 let machine = match self {
-                    Self::Microvm => "microvm,memory-backend=ram",
+                    Self::Microvm | Self::QemuMicrovm => "microvm,memory-backend=ram",
                     _ => "q35,memory-backend=ram",
                 };
                 let ram = format!("memory-backend-memfd,id=ram,size={memory},share=on");
-                let mut command = Command::new(setup.qemu.as_deref().unwrap_or(missing));
+                let qemu = setup.qemu.as_deref().unwrap_or(missing);
+                let mut command = if self.is_tcg() {
+                    let mut command = Command::new(qemu);
+                    command.args(["-accel", "tcg", "-cpu", "max"]);
+                    command
+                } else {
+                    let mut command = Command::new(setup.anykvm.as_deref().unwrap_or(missing));
+                    command
+                        .args(["exec", "--engine", &setup.options.engine, "--"])
+                        .arg(qemu)
+                        .args(["-accel", "kvm", "-cpu", "host"]);
+                    command
+                };
                 command
-                    .args(["-accel", "tcg", "-cpu", "max", "-M", machine])
+                    .args(["-M", machine])
                     .args(["-object", &ram, "-m", &memory])
                     .args(["-nodefaults", "-no-user-config", "-display", "none"])
                     .args(["-serial", "stdio", "-monitor", "none", "-no-reboot"])

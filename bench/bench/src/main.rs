@@ -7,6 +7,7 @@
 mod boot;
 mod cli;
 mod cpio;
+mod exits;
 mod facts;
 mod machine;
 mod memory;
@@ -22,6 +23,7 @@ use clap::Parser;
 use serde_json::{Value, json};
 
 use cli::{Cli, Command};
+use machine::Kind;
 use setup::Setup;
 
 /// What went wrong, in one line, with what to do.
@@ -46,7 +48,24 @@ fn main() -> ExitCode {
     }
 }
 
+/// QEMU with AnyKVM for its /dev/kvm beside the same QEMU with TCG: boot and workloads.
+fn qemu(setup: &Setup) -> Result<Outcome> {
+    let boot = boot::run(
+        setup,
+        &[Kind::Qemu, Kind::QemuMicrovm, Kind::Tcg, Kind::Microvm],
+    )?;
+    println!();
+    let user = user::run(setup, Kind::Qemu)?;
+    Ok(Outcome {
+        good: boot.good && user.good,
+        json: json!({ "boot": boot.json, "user": user.json }),
+    })
+}
+
 fn run(cli: &Cli) -> Result<bool> {
+    if cli.command == Command::ExitsChild {
+        return exits::child().map(|()| true);
+    }
     let setup = Setup::new(&cli.options)?;
     let facts = facts::gather(&setup);
     println!("{}", facts::text(&facts));
@@ -56,6 +75,8 @@ fn run(cli: &Cli) -> Result<bool> {
             Command::User,
             Command::Prompt,
             Command::Memory,
+            Command::Exits,
+            Command::Qemu,
         ],
         one => vec![one],
     };
@@ -64,10 +85,12 @@ fn run(cli: &Cli) -> Result<bool> {
     for command in commands {
         println!();
         let outcome = match command {
-            Command::Boot => boot::run(&setup)?,
-            Command::User => user::run(&setup)?,
+            Command::Boot => boot::run(&setup, &[Kind::AnyKvm, Kind::Tcg, Kind::Microvm])?,
+            Command::User => user::run(&setup, Kind::AnyKvm)?,
+            Command::Qemu => qemu(&setup)?,
+            Command::Exits => exits::run(&setup)?,
             Command::Prompt => prompt::run(&setup)?,
-            Command::Memory | Command::All => memory::run(&setup)?,
+            Command::Memory | Command::All | Command::ExitsChild => memory::run(&setup)?,
         };
         good &= outcome.good;
         results.insert(command.name().into(), outcome.json);

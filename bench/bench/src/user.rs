@@ -1,4 +1,4 @@
-//! `bench user`: the workloads natively, in AnyKVM and in QEMU's TCG.
+//! `bench user`, `bench qemu`: the workloads natively, in AnyKVM (or QEMU over it) and in QEMU's TCG.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -11,7 +11,6 @@ use crate::statistics::{geometric_mean, least, median};
 use crate::table::{self, milliseconds, ratio};
 use crate::{Outcome, Result};
 
-const KINDS: [Kind; 3] = [Kind::Native, Kind::AnyKvm, Kind::Tcg];
 /// The guest itself ends a workload after 180 s: a machine that says nothing for longer is stuck.
 const LIMIT: Duration = Duration::from_secs(240);
 /// How long a guest may take to its first line.
@@ -40,8 +39,9 @@ struct Workload {
     cells: BTreeMap<&'static str, Cell>,
 }
 
-#[derive(Default)]
 struct Suite {
+    /// The machine that is ours: AnyKVM, or QEMU over it.
+    own: Kind,
     /// In the order of the first machine that reported them.
     workloads: Vec<Workload>,
     /// By machine: seconds of the guest's clock and of the host's, for each round.
@@ -50,11 +50,11 @@ struct Suite {
     broken: Vec<(Kind, String)>,
 }
 
-/// Runs the workloads on each machine in turn.
+/// Runs the workloads on each machine in turn; `own` is ours.
 ///
 /// # Errors
 /// If nothing can be run, or a workload's name is not known.
-pub fn run(setup: &Setup) -> Result<Outcome> {
+pub fn run(setup: &Setup, own: Kind) -> Result<Outcome> {
     let rounds = setup.rounds(3);
     let (repetitions, divisor) = if setup.options.quick { (2, 4) } else { (5, 1) };
     let mut arguments = format!("user --reps {repetitions} --divide {divisor}");
@@ -63,8 +63,8 @@ pub fn run(setup: &Setup) -> Result<Outcome> {
         arguments += &format!(" --only {}", setup.options.only.join(","));
     }
     let initrd = setup.initrd("user.cpio", &arguments)?;
-    let kinds = Kind::available(setup, &KINDS);
-    let mut suite = Suite::default();
+    let kinds = Kind::available(setup, &[Kind::Native, own, Kind::Tcg]);
+    let mut suite = Suite::new(own);
     for round in 1..=rounds {
         for &kind in &kinds {
             eprintln!("user: round {round} of {rounds}, {}", kind.name());
@@ -109,6 +109,15 @@ fn check_names(setup: &Setup) -> Result<()> {
 }
 
 impl Suite {
+    fn new(own: Kind) -> Self {
+        Self {
+            own,
+            workloads: Vec::new(),
+            clocks: BTreeMap::new(),
+            broken: Vec::new(),
+        }
+    }
+
     /// Takes the results of one machine until its guest says that it has done all.
     fn follow(&mut self, kind: Kind, mut machine: Machine) -> Result<()> {
         let mut start = None;
@@ -173,7 +182,7 @@ impl Suite {
     /// What differs from the first machine's result, the host's if it takes part, does not count.
     fn compare_results(&mut self) {
         for workload in &mut self.workloads {
-            let order = KINDS.map(Kind::name);
+            let order = [Kind::Native, self.own, Kind::Tcg].map(Kind::name);
             let expected = order
                 .iter()
                 .find_map(|kind| workload.cells.get(kind)?.checksum.clone());
@@ -189,17 +198,12 @@ impl Suite {
     }
 
     fn print(&self, kinds: &[Kind]) {
+        let own = self.own.name();
         println!(
-            "Workloads, median (ms), and times native's; TCG/AnyKVM: how much faster AnyKVM is"
+            "Workloads, median (ms), and times native's; the last column: how much faster {own} is than TCG"
         );
         let head = [
-            "workload",
-            "native",
-            "anykvm",
-            "x native",
-            "tcg",
-            "x native",
-            "TCG/AnyKVM",
+            "workload", "native", own, "x native", "tcg", "x native", "tcg/own",
         ];
         let mut rows = Vec::new();
         let mut class = "";
@@ -211,11 +215,11 @@ impl Suite {
             rows.push(vec![
                 workload.name.clone(),
                 workload.shown(Kind::Native),
-                workload.shown(Kind::AnyKvm),
-                ratio(workload.ratio(Kind::AnyKvm, Kind::Native)),
+                workload.shown(self.own),
+                ratio(workload.ratio(self.own, Kind::Native)),
                 workload.shown(Kind::Tcg),
                 ratio(workload.ratio(Kind::Tcg, Kind::Native)),
-                ratio(workload.ratio(Kind::Tcg, Kind::AnyKvm)),
+                ratio(workload.ratio(Kind::Tcg, self.own)),
             ]);
         }
         print!("{}", table::text(&head, &rows));
@@ -225,13 +229,13 @@ impl Suite {
             .into_iter()
             .map(|(name, means)| [vec![name], means.map(ratio).to_vec()].concat())
             .collect();
-        let head = ["class", "anykvm/native", "tcg/native", "tcg/anykvm"];
+        let head = ["class", "own/native", "tcg/native", "tcg/own"];
         print!("{}", table::text(&head, &rows));
 
         let mut worst: Vec<(f64, &str)> = self
             .workloads
             .iter()
-            .filter_map(|w| Some((w.ratio(Kind::AnyKvm, Kind::Native)?, w.name.as_str())))
+            .filter_map(|w| Some((w.ratio(self.own, Kind::Native)?, w.name.as_str())))
             .collect();
         worst.sort_by(|a, b| b.0.total_cmp(&a.0));
         worst.truncate(10);
@@ -245,10 +249,10 @@ impl Suite {
         let slower: Vec<&str> = self
             .workloads
             .iter()
-            .filter(|w| w.ratio(Kind::Tcg, Kind::AnyKvm).is_some_and(|r| r < 1.0))
+            .filter(|w| w.ratio(Kind::Tcg, self.own).is_some_and(|r| r < 1.0))
             .map(|w| w.name.as_str())
             .collect();
-        if kinds.contains(&Kind::AnyKvm) && kinds.contains(&Kind::Tcg) {
+        if kinds.contains(&self.own) && kinds.contains(&Kind::Tcg) {
             match slower.as_slice() {
                 [] => println!("slower than TCG: none"),
                 names => println!("slower than TCG: {}", names.join(", ")),
@@ -284,9 +288,9 @@ impl Suite {
     fn summary(&self) -> Vec<(String, [Option<f64>; 3])> {
         let means = |wanted: &dyn Fn(&str) -> bool| {
             [
-                (Kind::AnyKvm, Kind::Native),
+                (self.own, Kind::Native),
                 (Kind::Tcg, Kind::Native),
-                (Kind::Tcg, Kind::AnyKvm),
+                (Kind::Tcg, self.own),
             ]
             .map(|(a, b)| {
                 let ratios: Vec<f64> = self
@@ -356,7 +360,7 @@ impl Suite {
             .summary()
             .into_iter()
             .map(|(name, [own, tcg, speed])| {
-                json!({ "class": name, "anykvm_to_native": own, "tcg_to_native": tcg, "tcg_to_anykvm": speed })
+                json!({ "class": name, "own_to_native": own, "tcg_to_native": tcg, "tcg_to_own": speed })
             })
             .collect();
         let broken: Vec<String> = self
@@ -365,7 +369,7 @@ impl Suite {
             .map(|(kind, why)| format!("{}: {why}", kind.name()))
             .collect();
         json!({
-            "workloads": workloads, "geometric_means": summary,
+            "own": self.own.name(), "workloads": workloads, "geometric_means": summary,
             "clocks_guest_host_s": self.clocks, "broken": broken,
         })
     }
@@ -420,7 +424,7 @@ mod tests {
 
     #[test]
     fn ratios_are_of_medians() {
-        let mut suite = Suite::default();
+        let mut suite = Suite::new(Kind::AnyKvm);
         suite.take(Kind::Native, &result("1", 98));
         suite.take(Kind::AnyKvm, &result("1", 198));
         suite.compare_results();
@@ -433,7 +437,7 @@ mod tests {
 
     #[test]
     fn a_wrong_result_does_not_score() {
-        let mut suite = Suite::default();
+        let mut suite = Suite::new(Kind::AnyKvm);
         suite.take(Kind::Native, &result("1", 100));
         suite.take(Kind::AnyKvm, &result("2", 10));
         suite.compare_results();
@@ -443,7 +447,7 @@ mod tests {
 
     #[test]
     fn a_slow_clock_is_noticed() {
-        let mut suite = Suite::default();
+        let mut suite = Suite::new(Kind::AnyKvm);
         suite.clocks.insert("anykvm", vec![(10.0, 10.02)]);
         assert!(suite.is_good());
         suite.clocks.insert("anykvm", vec![(5.0, 10.0)]);
