@@ -24,6 +24,7 @@ pub mod nr {
     pub const MCE: u32 = 31;
     pub const IRQFD: u32 = 32;
     pub const PIT2: u32 = 33;
+    pub const SET_BOOT_CPU_ID: u32 = 34;
     pub const PIT_STATE2: u32 = 35;
     pub const IOEVENTFD: u32 = 36;
     pub const SET_IDENTITY_MAP_ADDR: u32 = 37;
@@ -50,6 +51,7 @@ pub mod nr {
     pub const DISABLE_QUIRKS: u32 = 116;
     pub const X86_SMM: u32 = 117;
     pub const MULTI_ADDRESS_SPACE: u32 = 118;
+    pub const SPLIT_IRQCHIP: u32 = 121;
     pub const IOEVENTFD_ANY_LENGTH: u32 = 122;
     pub const VCPU_ATTRIBUTES: u32 = 127;
     pub const MAX_VCPU_ID: u32 = 128;
@@ -64,14 +66,17 @@ pub mod nr {
     pub const X86_USER_SPACE_MSR: u32 = 188;
     pub const X86_MSR_FILTER: u32 = 189;
     pub const ENFORCE_PV_FEATURE_CPUID: u32 = 190;
+    pub const DIRTY_LOG_RING: u32 = 192;
     pub const SET_GUEST_DEBUG2: u32 = 195;
     pub const SREGS2: u32 = 200;
+    pub const BINARY_STATS_FD: u32 = 203;
     pub const EXIT_ON_EMULATION_FAILURE: u32 = 204;
     pub const XSAVE2: u32 = 208;
     pub const SYS_ATTRIBUTES: u32 = 209;
     pub const DISABLE_QUIRKS2: u32 = 213;
     pub const VM_TSC_CONTROL: u32 = 214;
     pub const X86_TRIPLE_FAULT_EVENT: u32 = 218;
+    pub const DIRTY_LOG_RING_ACQ_REL: u32 = 223;
 }
 
 /// Most vCPUs of a VM.
@@ -97,9 +102,20 @@ pub const fn value(cap: u32) -> i32 {
         nr::X86_DISABLE_EXITS => super::disable_exits::SERVED as i32,
         nr::DISABLE_QUIRKS2 => super::quirk::VALID as i32,
         nr::SET_GUEST_DEBUG2 => super::guestdbg::VALID as i32,
-        nr::ADJUST_CLOCK => (super::clock::TSC_STABLE) as i32,
+        nr::ADJUST_CLOCK => {
+            (super::clock::TSC_STABLE | super::clock::REALTIME | super::clock::HOST_TSC) as i32
+        }
+        // Where the ring is in a vCPU's mapping, in pages.
+        nr::COALESCED_MMIO => (super::run::COALESCED_OFFSET / 4096) as i32,
+        // The largest ring, in bytes.
+        nr::DIRTY_LOG_RING | nr::DIRTY_LOG_RING_ACQ_REL => 65536 * 16,
+        nr::X2APIC_API => super::x2apic_api::VALID as i32,
         nr::MANUAL_DIRTY_LOG_PROTECT2 => 3,
         nr::IRQCHIP
+        | nr::COALESCED_PIO
+        | nr::SET_BOOT_CPU_ID
+        | nr::SPLIT_IRQCHIP
+        | nr::BINARY_STATS_FD
         | nr::HLT
         | nr::USER_MEMORY
         | nr::SET_TSS_ADDR
@@ -165,6 +181,16 @@ mod tests {
         assert_eq!(nr::PIT2, kvm_bindings::KVM_CAP_PIT2);
         assert_eq!(nr::IOEVENTFD, kvm_bindings::KVM_CAP_IOEVENTFD);
         assert_eq!(nr::VCPU_EVENTS, kvm_bindings::KVM_CAP_VCPU_EVENTS);
+        assert_eq!(nr::SET_BOOT_CPU_ID, kvm_bindings::KVM_CAP_SET_BOOT_CPU_ID);
+        assert_eq!(nr::SPLIT_IRQCHIP, kvm_bindings::KVM_CAP_SPLIT_IRQCHIP);
+        assert_eq!(nr::DIRTY_LOG_RING, kvm_bindings::KVM_CAP_DIRTY_LOG_RING);
+        assert_eq!(
+            nr::DIRTY_LOG_RING_ACQ_REL,
+            kvm_bindings::KVM_CAP_DIRTY_LOG_RING_ACQ_REL
+        );
+        assert_eq!(nr::BINARY_STATS_FD, kvm_bindings::KVM_CAP_BINARY_STATS_FD);
+        assert_eq!(nr::COALESCED_PIO, kvm_bindings::KVM_CAP_COALESCED_PIO);
+        assert_eq!(nr::X2APIC_API, kvm_bindings::KVM_CAP_X2APIC_API);
         assert_eq!(nr::XCRS, kvm_bindings::KVM_CAP_XCRS);
         assert_eq!(
             nr::TSC_DEADLINE_TIMER,

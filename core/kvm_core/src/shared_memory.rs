@@ -1,4 +1,5 @@
-//! Memory that the core shares with user space: rings that one side fills and the other empties.
+//! Memory that the core shares with user space: rings that one side fills and the other empties, and
+//! counters.
 //!
 //! User space may write anything at any time. So a value is read once, checked, and what was read is used.
 #![expect(
@@ -6,9 +7,10 @@
     reason = "the memory is shared with user space, which may write at any time"
 )]
 
+use crate::sync::Mutex;
 use alloc::sync::Arc;
 use core::ptr::NonNull;
-use core::sync::atomic::{AtomicU32, Ordering};
+use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use kvm_abi::Errno;
 
 /// Memory of the home's that user space maps, too.
@@ -80,6 +82,61 @@ impl Window {
     }
 }
 
+/// Counters that may come to lie in shared memory.
+pub(crate) struct Counters<const N: usize> {
+    own: [AtomicU64; N],
+    /// Where they are instead; in `memory` then.
+    shared: AtomicPtr<AtomicU64>,
+    memory: Mutex<Option<Arc<dyn SharedMemory>>>,
+}
+
+impl<const N: usize> Default for Counters<N> {
+    fn default() -> Self {
+        Counters {
+            own: [const { AtomicU64::new(0) }; N],
+            shared: AtomicPtr::new(core::ptr::null_mut()),
+            memory: Mutex::new(None),
+        }
+    }
+}
+
+impl<const N: usize> Counters<N> {
+    /// A counter.
+    pub fn get(&self, index: usize) -> &AtomicU64 {
+        let own = &self.own[index];
+        let shared = self.shared.load(Ordering::Acquire);
+        if shared.is_null() {
+            return own;
+        }
+        // SAFETY: `share` has checked that N counters are there; `memory` is never replaced.
+        unsafe { &*shared.add(index) }
+    }
+
+    /// Moves the counters to byte `offset` of `memory`, for good. What is counted meanwhile by a load and a
+    /// store may get lost.
+    ///
+    /// # Errors
+    /// EEXIST when they are in shared memory already, EINVAL when that is too small or misaligned.
+    pub fn share(&self, memory: Arc<dyn SharedMemory>, offset: usize) -> Result<(), Errno> {
+        let mut place = self.memory.lock();
+        if place.is_some() {
+            return Err(Errno::EEXIST);
+        }
+        let window = Window::new(memory, offset.saturating_add(N * 8))?;
+        if !offset.is_multiple_of(8) {
+            return Err(Errno::EINVAL);
+        }
+        let at = window.at(offset, N * 8).cast::<AtomicU64>();
+        *place = Some(window.memory);
+        self.shared.store(at, Ordering::Release);
+        for (i, own) in self.own.iter().enumerate() {
+            let counted = own.swap(0, Ordering::AcqRel);
+            self.get(i).fetch_add(counted, Ordering::AcqRel);
+        }
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
@@ -118,6 +175,22 @@ pub(crate) mod tests {
         pub fn window(self: &Arc<Self>) -> Window {
             Window::new(self.clone(), self.size()).unwrap()
         }
+    }
+
+    #[test]
+    fn counters_move_once() {
+        let counters = Counters::<3>::default();
+        counters.get(2).store(7, Ordering::Relaxed);
+        let pages = Pages::new(1);
+        assert_eq!(counters.share(pages.clone(), 4080), Err(Errno::EINVAL));
+        assert_eq!(counters.share(pages.clone(), 4), Err(Errno::EINVAL));
+        counters.share(pages.clone(), 4072).unwrap();
+        assert_eq!(counters.share(pages.clone(), 0), Err(Errno::EEXIST));
+        assert_eq!(pages.window().load(4088), 7);
+        counters.get(2).fetch_add(1, Ordering::Relaxed);
+        assert_eq!(pages.window().load(4088), 8);
+        drop(pages);
+        assert_eq!(counters.get(2).load(Ordering::Relaxed), 8);
     }
 
     #[test]

@@ -1,15 +1,17 @@
 //! Binary statistics (KVM_GET_STATS_FD): what the descriptor reads, as an image of header, name,
-//! descriptors and live counters.
+//! descriptors and live counters. A home can read it ([`StatsImage::read`]) whenever its descriptor is
+//! read, or give memory that its descriptor shows ([`StatsImage::share`]): the counters live there then.
 //!
 //! Only what is really counted is in it. Counters are counted at exits, by the thread that they belong
 //! to; so counting is a load and a store.
 
+use crate::shared_memory::{Counters, SharedMemory, Window};
 use crate::vcpu::VcpuShared;
 use crate::vm::Vm;
 use alloc::sync::Arc;
 use core::fmt::Write as _;
-use core::sync::atomic::{AtomicU64, Ordering};
-use kvm_abi::{kvm_stats_desc, kvm_stats_header};
+use core::sync::atomic::Ordering;
+use kvm_abi::{Errno, kvm_stats_desc, kvm_stats_header};
 use zerocopy::IntoBytes;
 
 /// Bytes of a name (KVM_STATS_NAME_SIZE).
@@ -130,19 +132,15 @@ const BLOCKING: usize = WAIT_HIST + BUCKETS;
 const VCPU_VALUES: usize = BLOCKING + 1;
 
 /// A vCPU's values. Only its thread writes them.
-pub(crate) struct VcpuStats([AtomicU64; VCPU_VALUES]);
-
-impl Default for VcpuStats {
-    fn default() -> Self {
-        VcpuStats([const { AtomicU64::new(0) }; VCPU_VALUES])
-    }
-}
+#[derive(Default)]
+pub(crate) struct VcpuStats(Counters<VCPU_VALUES>);
 
 impl VcpuStats {
     fn add(&self, index: usize, n: u64) {
         // Nobody else writes: no need for an atomic addition.
-        let value = self.0[index].load(Ordering::Relaxed);
-        self.0[index].store(value.wrapping_add(n), Ordering::Relaxed);
+        let counter = self.0.get(index);
+        let value = counter.load(Ordering::Relaxed);
+        counter.store(value.wrapping_add(n), Ordering::Relaxed);
     }
 
     /// Counts.
@@ -152,7 +150,8 @@ impl VcpuStats {
 
     /// The vCPU's thread sleeps from now on, or does no longer.
     pub fn set_blocking(&self, blocking: bool) {
-        self.0[BLOCKING].store(u64::from(blocking), Ordering::Relaxed);
+        let value = u64::from(blocking);
+        self.0.get(BLOCKING).store(value, Ordering::Relaxed);
     }
 
     /// It slept for so long.
@@ -165,12 +164,12 @@ impl VcpuStats {
 
 /// A VM's values.
 #[derive(Default)]
-pub(crate) struct VmStats([AtomicU64; VM_COUNTERS.len()]);
+pub(crate) struct VmStats(Counters<{ VM_COUNTERS.len() }>);
 
 impl VmStats {
     /// Counts.
     pub fn count(&self, what: VmCounter) {
-        self.0[what as usize].fetch_add(1, Ordering::Relaxed);
+        self.0.get(what as usize).fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -210,16 +209,45 @@ impl StatsImage {
         counters.iter().chain(extra)
     }
 
-    fn values(&self) -> &[AtomicU64] {
+    fn values(&self) -> usize {
         match &self.source {
-            Source::Vm(vm) => &vm.stats.0,
-            Source::Vcpu(vcpu) => &vcpu.stats.0,
+            Source::Vm(_) => VM_COUNTERS.len(),
+            Source::Vcpu(_) => VCPU_VALUES,
+        }
+    }
+
+    fn value(&self, index: usize) -> u64 {
+        let counter = match &self.source {
+            Source::Vm(vm) => vm.stats.0.get(index),
+            Source::Vcpu(vcpu) => vcpu.stats.0.get(index),
+        };
+        counter.load(Ordering::Relaxed)
+    }
+
+    /// Writes the image to `memory`, and moves the counters there for good, so that it is always up to
+    /// date. The vCPU is not running.
+    ///
+    /// # Errors
+    /// EINVAL when it does not fit; EEXIST when the counters are in such memory already.
+    pub fn share(&self, memory: Arc<dyn SharedMemory>) -> Result<(), Errno> {
+        let window = Window::new(memory.clone(), self.size())?;
+        let mut part = [0; 64];
+        let mut at = 0;
+        while at < self.data_offset() {
+            let n = part.len().min(self.data_offset() - at);
+            self.read(at as u64, &mut part[..n]);
+            window.write(at, &part[..n]);
+            at += n;
+        }
+        match &self.source {
+            Source::Vm(vm) => vm.stats.0.share(memory, at),
+            Source::Vcpu(vcpu) => vcpu.stats.0.share(memory, at),
         }
     }
 
     /// Bytes.
     pub fn size(&self) -> usize {
-        self.data_offset() + self.values().len() * 8
+        self.data_offset() + self.values() * 8
     }
 
     fn data_offset(&self) -> usize {
@@ -257,8 +285,8 @@ impl StatsImage {
             sink.put(record.as_bytes());
             at += u32::from(desc.size) * 8;
         }
-        for value in self.values() {
-            sink.put(&value.load(Ordering::Relaxed).to_ne_bytes());
+        for index in 0..self.values() {
+            sink.put(&self.value(index).to_ne_bytes());
         }
         sink.done
     }

@@ -997,7 +997,8 @@ impl Vm {
 
     // Coalesced writes.
 
-    /// Gives the VM the page that all vCPU mappings show at [`kvm_abi::run::COALESCED_OFFSET`].
+    /// Gives the VM the page that all vCPU mappings show at [`kvm_abi::run::COALESCED_OFFSET`]. Until then
+    /// no write is coalesced.
     ///
     /// # Errors
     /// EEXIST, EINVAL.
@@ -1005,15 +1006,10 @@ impl Vm {
         self.coalesced.lock().set_ring(memory)
     }
 
-    /// Whether [`Self::register_coalesced`] is served.
-    pub fn has_coalesced_ring(&self) -> bool {
-        self.coalesced.lock().has_ring()
-    }
-
     /// KVM_REGISTER_COALESCED_MMIO.
     ///
     /// # Errors
-    /// ENXIO without a ring, EINVAL, ENOSPC, ENOMEM.
+    /// EINVAL, ENOSPC, ENOMEM.
     pub fn register_coalesced(&self, zone: &kvm_coalesced_mmio_zone) -> Result<(), Errno> {
         self.coalesced.lock().register(zone)
     }
@@ -1021,7 +1017,7 @@ impl Vm {
     /// KVM_UNREGISTER_COALESCED_MMIO.
     ///
     /// # Errors
-    /// ENXIO without a ring, EINVAL.
+    /// EINVAL.
     pub fn unregister_coalesced(&self, zone: &kvm_coalesced_mmio_zone) -> Result<(), Errno> {
         self.coalesced.lock().unregister(zone)
     }

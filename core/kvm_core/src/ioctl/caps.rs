@@ -3,6 +3,7 @@
 use super::Answer;
 use crate::vcpu::Vcpu;
 use crate::vm::Vm;
+use alloc::sync::Arc;
 use kvm_abi::{Errno, cap, kvm_enable_cap};
 
 /// KVM_CHECK_EXTENSION on `/dev/kvm`, or on a VM.
@@ -15,7 +16,7 @@ pub(super) fn check(_vm: Option<&Vm>, capability: u64) -> u64 {
 ///
 /// # Errors
 /// EINVAL for what cannot be enabled.
-pub(super) fn enable_on_vm(vm: &Vm, c: &kvm_enable_cap) -> Answer {
+pub(super) fn enable_on_vm(vm: &Arc<Vm>, c: &kvm_enable_cap) -> Answer {
     if c.flags != 0 {
         return Err(Errno::EINVAL);
     }
@@ -30,6 +31,12 @@ pub(super) fn enable_on_vm(vm: &Vm, c: &kvm_enable_cap) -> Answer {
         cap::nr::X86_TRIPLE_FAULT_EVENT => vm.set_triple_fault_event(on != 0),
         cap::nr::EXIT_ON_EMULATION_FAILURE => vm.set_exit_on_emulation_failure(on)?,
         cap::nr::MSR_PLATFORM_INFO => vm.set_platform_info(on != 0),
+        cap::nr::DIRTY_LOG_RING | cap::nr::DIRTY_LOG_RING_ACQ_REL => {
+            vm.enable_dirty_ring(c.args[0])?;
+        }
+        cap::nr::SPLIT_IRQCHIP => vm.enable_split_irqchip(c.args[0])?,
+        cap::nr::X2APIC_API => vm.enable_x2apic_api(c.args[0])?,
+        cap::nr::MAX_VCPU_ID => vm.set_max_vcpu_ids(c.args[0])?,
         _ => return Err(Errno::EINVAL),
     }
     Ok(0)

@@ -78,6 +78,7 @@ pub fn call(vcpu: &mut Vcpu, file: &dyn VcpuFile, cmd: u32, arg: u64) -> Answer 
         KVM_GET_TSC_KHZ => return Ok(vcpu.tsc_khz().into()),
         KVM_SET_TSC_KHZ => vcpu.set_tsc_khz(u32::try_from(arg).map_err(|_| Errno::EINVAL)?)?,
         KVM_KVMCLOCK_CTRL => vcpu.kvmclock_ctrl()?,
+        KVM_GET_STATS_FD => return file.stats_fd(),
         KVM_SET_SIGNAL_MASK => signal_mask(file, arg)?,
         KVM_SET_VAPIC_ADDR => {
             // 0: no shadow of the task priority in guest memory, which is how it always is here.

@@ -1,17 +1,17 @@
 //! The ioctls of a VM.
 
 use super::{Answer, VmFile, behind, caps, get, get_list, put};
-use crate::ioeventfd::{Bus, Match};
+use crate::ioeventfd::Match;
 use crate::msr_filter::MsrFilter;
 use crate::vm::ChipState;
 use guestmem::Region;
 use kvm_abi::ioctl::*;
 use kvm_abi::{
     Errno, ioeventfd_flag, irqchip, irqfd_flag, kvm_clear_dirty_log, kvm_clock_data,
-    kvm_create_device, kvm_dirty_log, kvm_enable_cap, kvm_ioapic_state, kvm_ioeventfd,
-    kvm_irq_level, kvm_irq_routing_entry, kvm_irqchip, kvm_irqfd, kvm_msi, kvm_msr_filter,
-    kvm_pic_state, kvm_pit_config, kvm_pit_state2, kvm_reinject_control,
-    kvm_userspace_memory_region, list_head,
+    kvm_coalesced_mmio_zone, kvm_create_device, kvm_dirty_log, kvm_enable_cap, kvm_ioapic_state,
+    kvm_ioeventfd, kvm_irq_level, kvm_irq_routing_entry, kvm_irqchip, kvm_irqfd, kvm_msi,
+    kvm_msr_filter, kvm_pic_state, kvm_pit_config, kvm_pit_state, kvm_pit_state2,
+    kvm_reinject_control, kvm_userspace_memory_region, list_head,
 };
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -48,6 +48,17 @@ pub fn call(file: &dyn VmFile, cmd: u32, arg: u64) -> Answer {
             Ok(0)
         }
         KVM_CLEAR_DIRTY_LOG => clear_dirty_log(file, arg),
+        KVM_RESET_DIRTY_RINGS => vm.reset_dirty_rings().map(u64::from),
+        KVM_REGISTER_COALESCED_MMIO => {
+            let zone: kvm_coalesced_mmio_zone = get(file, arg)?;
+            vm.register_coalesced(&zone)?;
+            Ok(0)
+        }
+        KVM_UNREGISTER_COALESCED_MMIO => {
+            let zone: kvm_coalesced_mmio_zone = get(file, arg)?;
+            vm.unregister_coalesced(&zone)?;
+            Ok(0)
+        }
         KVM_SET_TSS_ADDR => {
             // Nothing here needs guest memory for a task state segment.
             if arg > (1 << 32) - 3 * guestmem::PAGE_SIZE {
@@ -65,6 +76,7 @@ pub fn call(file: &dyn VmFile, cmd: u32, arg: u64) -> Answer {
         }
 
         // Interrupts.
+        KVM_SET_BOOT_CPU_ID => vm.set_boot_vcpu(arg).map(|()| 0),
         KVM_CREATE_IRQCHIP => vm.create_irqchip().map(|()| 0),
         KVM_GET_IRQCHIP => {
             let mut chip: kvm_irqchip = get(file, arg)?;
@@ -93,6 +105,9 @@ pub fn call(file: &dyn VmFile, cmd: u32, arg: u64) -> Answer {
         }
         KVM_SET_GSI_ROUTING => {
             let head: list_head = get(file, arg)?;
+            if !vm.irqchip_in_kernel() {
+                return Err(Errno::EINVAL);
+            }
             if head.n as usize > ::irqchip::MAX_ROUTES || head.pad != 0 {
                 return Err(Errno::EINVAL);
             }
@@ -106,8 +121,11 @@ pub fn call(file: &dyn VmFile, cmd: u32, arg: u64) -> Answer {
             if irqfd.flags & !(irqfd_flag::DEASSIGN | irqfd_flag::RESAMPLE) != 0 {
                 return Err(Errno::EINVAL);
             }
+            let resample = irqfd.flags & irqfd_flag::RESAMPLE != 0;
             if irqfd.flags & irqfd_flag::DEASSIGN != 0 {
                 file.deassign_irqfd(&irqfd)?;
+            } else if !vm.irqfd_allowed(resample) {
+                return Err(Errno::EINVAL);
             } else {
                 file.assign_irqfd(&irqfd)?;
             }
@@ -129,6 +147,12 @@ pub fn call(file: &dyn VmFile, cmd: u32, arg: u64) -> Answer {
         KVM_SET_PIT2 => {
             let state: kvm_pit_state2 = get(file, arg)?;
             vm.set_pit(&state)?;
+            Ok(0)
+        }
+        KVM_GET_PIT => put(file, arg, &vm.get_pit_channels()?),
+        KVM_SET_PIT => {
+            let state: kvm_pit_state = get(file, arg)?;
+            vm.set_pit_channels(&state)?;
             Ok(0)
         }
         KVM_REINJECT_CONTROL => {
@@ -154,6 +178,7 @@ pub fn call(file: &dyn VmFile, cmd: u32, arg: u64) -> Answer {
             Ok(0)
         }
 
+        KVM_GET_STATS_FD => file.stats_fd(),
         KVM_CREATE_DEVICE => {
             // x86 has one kind, VFIO's, and there is no VFIO here.
             let _: kvm_create_device = get(file, arg)?;
@@ -180,19 +205,7 @@ fn clear_dirty_log(file: &dyn VmFile, arg: u64) -> Answer {
 }
 
 fn ioeventfd(file: &dyn VmFile, io: &kvm_ioeventfd) -> Answer {
-    if io.flags & !ioeventfd_flag::VALID != 0 || io.flags & ioeventfd_flag::VIRTIO_CCW_NOTIFY != 0 {
-        return Err(Errno::EINVAL);
-    }
-    let what = Match {
-        bus: if io.flags & ioeventfd_flag::PIO != 0 {
-            Bus::Pio
-        } else {
-            Bus::Mmio
-        },
-        addr: io.addr,
-        len: io.len,
-        data: (io.flags & ioeventfd_flag::DATAMATCH != 0).then_some(io.datamatch),
-    };
+    let what = Match::from_abi(io)?;
     let event = file.event(io.fd)?;
     if io.flags & ioeventfd_flag::DEASSIGN != 0 {
         file.vm().unregister_ioevent(what, event.id())?;

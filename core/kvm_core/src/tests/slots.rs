@@ -3,19 +3,16 @@
 use super::fake::{Count, Cpu, out, touch, vm, with_code};
 use crate::ioeventfd::{Bus, Match};
 use crate::shared_memory::tests::Pages;
+use kvm_abi::kvm_coalesced_mmio_zone;
 use kvm_abi::run::reason;
-use kvm_abi::{Errno, kvm_coalesced_mmio_zone};
 use std::sync::Arc;
 
 #[test]
 fn coalesced_writes_do_not_leave_the_guest() {
     let vm = vm();
     let zone = |addr, size, pio| kvm_coalesced_mmio_zone { addr, size, pio };
-    assert_eq!(vm.register_coalesced(&zone(0, 1, 0)), Err(Errno::ENXIO));
-    assert!(!vm.has_coalesced_ring());
     let ring = Pages::new(1);
     vm.set_coalesced_ring(ring.clone()).unwrap();
-    assert!(vm.has_coalesced_ring());
     // Memory ends at 0x8000.
     vm.register_coalesced(&zone(0x9000, 0x100, 0)).unwrap();
     vm.register_coalesced(&zone(0x80, 1, 1)).unwrap();

@@ -1,7 +1,9 @@
 //! What KVM_GET_STATS_FD's descriptor reads.
 
 use super::fake::{Cpu, out, touch, vm, with_code};
+use crate::shared_memory::tests::Pages;
 use crate::stats::StatsImage;
+use kvm_abi::Errno;
 use kvm_abi::run::reason;
 use std::collections::BTreeMap;
 use std::string::{String, ToString};
@@ -110,6 +112,31 @@ fn of_a_vm() {
     assert_eq!(values["remote_tlb_flush"], [0]);
     with_code(&vm, 8, &[]);
     assert_eq!(parse(&image).1["remote_tlb_flush"], [1]);
+}
+
+#[test]
+fn an_image_in_shared_memory_is_live() {
+    let vm = vm();
+    with_code(&vm, 8, &[out(1), out(2)].concat());
+    let mut cpu = Cpu::new(&vm, 0);
+    cpu.start(0x1000);
+    cpu.run();
+    let image = StatsImage::of_vcpu(cpu.vcpu.shared(), 9);
+    assert_eq!(image.share(Pages::new(0)), Err(Errno::EINVAL));
+    let pages = Pages::new(1);
+    image.share(pages.clone()).unwrap();
+    assert_eq!(image.share(pages.clone()), Err(Errno::EEXIST));
+    let same = || {
+        let mut shared = vec![0; image.size()];
+        pages.window().read(0, &mut shared);
+        let mut read = vec![0; image.size()];
+        image.read(0, &mut read);
+        assert_eq!(shared, read);
+        parse(&image).1["io_exits"][0]
+    };
+    assert_eq!(same(), 1);
+    cpu.run();
+    assert_eq!(same(), 2);
 }
 
 #[test]
