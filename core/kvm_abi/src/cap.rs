@@ -4,6 +4,7 @@
 pub mod nr {
     pub const IRQCHIP: u32 = 0;
     pub const HLT: u32 = 1;
+    pub const MMU_SHADOW_CACHE_CONTROL: u32 = 2;
     pub const USER_MEMORY: u32 = 3;
     pub const SET_TSS_ADDR: u32 = 4;
     pub const EXT_CPUID: u32 = 7;
@@ -77,12 +78,13 @@ pub mod nr {
     pub const VM_TSC_CONTROL: u32 = 214;
     pub const X86_TRIPLE_FAULT_EVENT: u32 = 218;
     pub const DIRTY_LOG_RING_ACQ_REL: u32 = 223;
+    pub const USER_MEMORY2: u32 = 231;
 }
 
 /// Most vCPUs of a VM.
 pub const MAX_VCPUS: u32 = 255;
-/// Highest vCPU id plus one; ids are xAPIC ids.
-pub const MAX_VCPU_ID: u32 = 255;
+/// Highest vCPU id plus one; those above 254 need x2APIC.
+pub const MAX_VCPU_ID: u32 = 4096;
 
 /// The value of capability `cap`; 0 for what is not served.
 pub const fn value(cap: u32) -> i32 {
@@ -112,6 +114,8 @@ pub const fn value(cap: u32) -> i32 {
         nr::X2APIC_API => super::x2apic_api::VALID as i32,
         nr::MANUAL_DIRTY_LOG_PROTECT2 => 3,
         nr::IRQCHIP
+        | nr::MMU_SHADOW_CACHE_CONTROL
+        | nr::USER_MEMORY2
         | nr::COALESCED_PIO
         | nr::SET_BOOT_CPU_ID
         | nr::SPLIT_IRQCHIP
@@ -191,6 +195,11 @@ mod tests {
         assert_eq!(nr::BINARY_STATS_FD, kvm_bindings::KVM_CAP_BINARY_STATS_FD);
         assert_eq!(nr::COALESCED_PIO, kvm_bindings::KVM_CAP_COALESCED_PIO);
         assert_eq!(nr::X2APIC_API, kvm_bindings::KVM_CAP_X2APIC_API);
+        assert_eq!(nr::USER_MEMORY2, kvm_bindings::KVM_CAP_USER_MEMORY2);
+        assert_eq!(
+            nr::MMU_SHADOW_CACHE_CONTROL,
+            kvm_bindings::KVM_CAP_MMU_SHADOW_CACHE_CONTROL
+        );
         assert_eq!(nr::XCRS, kvm_bindings::KVM_CAP_XCRS);
         assert_eq!(
             nr::TSC_DEADLINE_TIMER,

@@ -33,6 +33,7 @@ pub const KVM_CLEAR_DIRTY_LOG: u32 = 0xc018_aec0;
 pub const KVM_SET_NR_MMU_PAGES: u32 = 0x0000_ae44;
 pub const KVM_GET_NR_MMU_PAGES: u32 = 0x0000_ae45;
 pub const KVM_SET_USER_MEMORY_REGION: u32 = 0x4020_ae46;
+pub const KVM_SET_USER_MEMORY_REGION2: u32 = 0x40a0_ae49;
 pub const KVM_SET_TSS_ADDR: u32 = 0x0000_ae47;
 pub const KVM_SET_IDENTITY_MAP_ADDR: u32 = 0x4008_ae48;
 pub const KVM_CREATE_IRQCHIP: u32 = 0x0000_ae60;
@@ -141,7 +142,8 @@ mod tests {
             KVM_GET_CLOCK kvm_clock_data KVM_CREATE_DEVICE kvm_create_device
             KVM_GET_DEVICE_ATTR kvm_device_attr KVM_ENABLE_CAP kvm_enable_cap KVM_GET_MSRS list_head
             KVM_SET_MSRS list_head KVM_GET_CPUID2 list_head KVM_SET_CPUID2 list_head
-            KVM_SET_GSI_ROUTING list_head
+            KVM_SET_GSI_ROUTING list_head KVM_SET_USER_MEMORY_REGION2 kvm_userspace_memory_region2
+            KVM_GET_PIT kvm_pit_state KVM_REGISTER_COALESCED_MMIO kvm_coalesced_mmio_zone
         }
     }
 }

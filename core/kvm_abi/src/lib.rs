@@ -92,6 +92,10 @@ abi! {
     struct kvm_userspace_memory_region {
         slot: u32, flags: u32, guest_phys_addr: u64, memory_size: u64, userspace_addr: u64,
     }
+    struct kvm_userspace_memory_region2 {
+        slot: u32, flags: u32, guest_phys_addr: u64, memory_size: u64, userspace_addr: u64,
+        guest_memfd_offset: u64, guest_memfd: u32, pad1: u32, pad2: [u64; 14],
+    }
     struct kvm_msi {
         address_lo: u32, address_hi: u32, data: u32, flags: u32, devid: u32, pad: [u8; 12],
     }
@@ -357,6 +361,7 @@ mod layout {
             exception_has_payload, exception_payload);
         same!(kvm_clock_data: clock, flags, realtime, host_tsc);
         same!(kvm_userspace_memory_region: slot, flags, guest_phys_addr, memory_size, userspace_addr);
+        same!(kvm_userspace_memory_region2: slot, flags, userspace_addr, guest_memfd, pad2);
         same!(kvm_msi: address_lo, address_hi, data, flags, devid);
         same!(kvm_translation: linear_address, physical_address, valid, writeable, usermode);
         same!(kvm_guest_debug: control, arch);

@@ -31,6 +31,8 @@ use kvm_abi::{
 
 /// Most pins that KVM_CAP_SPLIT_IRQCHIP reserves.
 const MAX_RESERVED_PINS: u64 = irqchip::ioapic::PINS as u64;
+/// Fewest pages for KVM_SET_NR_MMU_PAGES (KVM_MIN_ALLOC_MMU_PAGES).
+const MIN_MMU_PAGES: u32 = 64;
 /// KVM_PIT_SPEAKER_DUMMY
 const PIT_SPEAKER_DUMMY: u32 = 1;
 
@@ -86,6 +88,8 @@ pub struct Vm {
     max_vcpu_ids: AtomicU32,
     /// Bytes of a dirty ring; 0: the VM has dirty logs.
     dirty_ring_bytes: AtomicU32,
+    /// What KVM_SET_NR_MMU_PAGES was last given.
+    mmu_pages: AtomicU32,
     coalesced: Mutex<Coalesced>,
     pub(crate) stats: VmStats,
     pit_in_kernel: AtomicBool,
@@ -120,6 +124,7 @@ impl Vm {
             boot_vcpu: AtomicU32::new(0),
             max_vcpu_ids: AtomicU32::new(0),
             dirty_ring_bytes: AtomicU32::new(0),
+            mmu_pages: AtomicU32::new(0),
             coalesced: Mutex::default(),
             stats: VmStats::default(),
             pit_in_kernel: AtomicBool::new(false),
@@ -375,6 +380,24 @@ impl Vm {
         Ok(count)
     }
 
+    /// KVM_SET_NR_MMU_PAGES: how much shadow paging may take. Nothing here is limited by it.
+    ///
+    /// # Errors
+    /// EINVAL for fewer than 64.
+    pub fn set_mmu_pages(&self, pages: u64) -> Result<(), Errno> {
+        let pages = u32::try_from(pages).unwrap_or(u32::MAX);
+        if pages < MIN_MMU_PAGES {
+            return Err(Errno::EINVAL);
+        }
+        self.mmu_pages.store(pages, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// KVM_GET_NR_MMU_PAGES.
+    pub fn mmu_pages(&self) -> u32 {
+        self.mmu_pages.load(Ordering::Relaxed)
+    }
+
     // vCPUs.
 
     /// KVM_CREATE_VCPU.
@@ -462,27 +485,37 @@ impl Vm {
     /// KVM_SET_BOOT_CPU_ID: the vCPU that is the bootstrap processor.
     ///
     /// # Errors
-    /// EBUSY when there are vCPUs already.
+    /// EBUSY when there are vCPUs already, EINVAL for an id that is too high.
     pub fn set_boot_vcpu(&self, id: u64) -> Result<(), Errno> {
         let _creation = self.creation.lock();
         if !self.vcpus().is_empty() {
             return Err(Errno::EBUSY);
         }
-        // No vCPU has such an id; then there is no bootstrap processor.
-        let id = u32::try_from(id).unwrap_or(u32::MAX);
-        self.boot_vcpu.store(id, Ordering::Relaxed);
+        // The limit itself is allowed, as in KVM: then there is no bootstrap processor.
+        let limit = match self.max_vcpu_ids.load(Ordering::Relaxed) {
+            0 => cap::MAX_VCPU_ID,
+            ids => ids,
+        };
+        if id > u64::from(limit) {
+            return Err(Errno::EINVAL);
+        }
+        self.boot_vcpu.store(id as u32, Ordering::Relaxed);
         Ok(())
     }
 
     /// KVM_ENABLE_CAP of KVM_CAP_MAX_VCPU_ID: ids of vCPUs will be below `ids`.
     ///
     /// # Errors
-    /// EINVAL for more than there can be, and when it was set to something else or there is a vCPU already.
+    /// EINVAL for more than there can be, for fewer than the bootstrap processor needs, and when it was set to
+    /// something else or there is a vCPU already.
     pub fn set_max_vcpu_ids(&self, ids: u64) -> Result<(), Errno> {
         if ids > u64::from(cap::MAX_VCPU_ID) {
             return Err(Errno::EINVAL);
         }
         let _creation = self.creation.lock();
+        if u64::from(self.boot_vcpu.load(Ordering::Relaxed)) > ids {
+            return Err(Errno::EINVAL);
+        }
         match self.max_vcpu_ids.load(Ordering::Relaxed) {
             now if u64::from(now) == ids => Ok(()),
             0 => {

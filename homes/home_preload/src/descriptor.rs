@@ -95,9 +95,14 @@ macro_rules! maps {
             fd: c_int,
             offset: off_t,
         ) -> *mut c_void {
+            let ours = fd >= 0 && flags & libc::MAP_ANONYMOUS == 0 && process::in_use();
+            if ours && !process::may_map(fd, len, protection, flags, offset as usize) {
+                fail(libc::EINVAL);
+                return libc::MAP_FAILED;
+            }
             let p = real!($name(addr, len, protection, flags, fd, offset):
                 fn(*mut c_void, size_t, c_int, c_int, c_int, off_t) -> *mut c_void);
-            if fd >= 0 && process::in_use() && p != libc::MAP_FAILED && flags & libc::MAP_SHARED != 0 {
+            if ours && p != libc::MAP_FAILED && flags & libc::MAP_SHARED != 0 {
                 process::mapped(fd, p as usize, len, offset as usize);
             }
             p

@@ -80,10 +80,6 @@ impl Vm {
         }
     }
 
-    pub(crate) fn host(&self) -> &UserHost {
-        &self.host
-    }
-
     pub(crate) fn core(&self) -> &Arc<kvm_core::Vm> {
         &self.core
     }
@@ -99,7 +95,16 @@ impl Vm {
 
     /// KVM_CHECK_EXTENSION on the VM.
     pub fn check_extension_int(&self, capability: u32) -> i32 {
-        cap::value(capability)
+        use cap::nr;
+        match capability {
+            // What needs memory shared through descriptors; these objects have none.
+            nr::COALESCED_MMIO
+            | nr::COALESCED_PIO
+            | nr::DIRTY_LOG_RING
+            | nr::DIRTY_LOG_RING_ACQ_REL
+            | nr::BINARY_STATS_FD => 0,
+            _ => cap::value(capability),
+        }
     }
 
     /// KVM_ENABLE_CAP.
@@ -304,7 +309,7 @@ impl Vm {
         resample: Option<&impl AsRawFd>,
         gsi: u32,
     ) -> Result<(), Errno> {
-        if !self.core.irqchip_in_kernel() {
+        if !self.core.irqfd_allowed(resample.is_some()) {
             return Err(Errno::EINVAL);
         }
         let id = event_id(fd.as_raw_fd());

@@ -6,6 +6,7 @@ use crate::msr_filter::MsrFilter;
 use crate::vm::ChipState;
 use guestmem::Region;
 use kvm_abi::ioctl::*;
+use kvm_abi::kvm_userspace_memory_region2;
 use kvm_abi::{
     Errno, ioeventfd_flag, irqchip, irqfd_flag, kvm_clear_dirty_log, kvm_clock_data,
     kvm_coalesced_mmio_zone, kvm_create_device, kvm_dirty_log, kvm_enable_cap, kvm_ioapic_state,
@@ -41,6 +42,20 @@ pub fn call(file: &dyn VmFile, cmd: u32, arg: u64) -> Answer {
             })?;
             Ok(0)
         }
+        KVM_SET_USER_MEMORY_REGION2 => {
+            // KVM_MEM_GUEST_MEMFD, the one reason for the rest of the struct, is not among the known flags.
+            let r: kvm_userspace_memory_region2 = get(file, arg)?;
+            vm.set_memory_region(&Region {
+                slot: r.slot,
+                flags: r.flags,
+                gpa: r.guest_phys_addr,
+                size: r.memory_size,
+                hva: r.userspace_addr,
+            })?;
+            Ok(0)
+        }
+        KVM_SET_NR_MMU_PAGES => vm.set_mmu_pages(arg).map(|()| 0),
+        KVM_GET_NR_MMU_PAGES => Ok(vm.mmu_pages().into()),
         KVM_GET_DIRTY_LOG => {
             let log: kvm_dirty_log = get(file, arg)?;
             let bitmap = vm.get_dirty_log(log.slot)?;

@@ -235,7 +235,10 @@ fn the_bootstrap_processor_may_be_another() {
     // Nobody at all.
     let nobody = super::fake::vm();
     nobody.create_irqchip().unwrap();
-    nobody.set_boot_vcpu(u64::MAX).unwrap();
+    let max = u64::from(kvm_abi::cap::MAX_VCPU_ID);
+    assert_eq!(nobody.set_boot_vcpu(max + 1), Err(Errno::EINVAL));
+    assert_eq!(nobody.set_boot_vcpu(1 << 32), Err(Errno::EINVAL));
+    nobody.set_boot_vcpu(max).unwrap();
     assert!(!bsp(&Cpu::new(&nobody, 0)));
 }
 
@@ -244,7 +247,10 @@ fn limits_of_vcpu_ids() {
     let vm = vm();
     let max = u64::from(kvm_abi::cap::MAX_VCPU_ID);
     assert_eq!(vm.set_max_vcpu_ids(max + 1), Err(Errno::EINVAL));
+    vm.set_boot_vcpu(4).unwrap();
+    assert_eq!(vm.set_max_vcpu_ids(3), Err(Errno::EINVAL));
     vm.set_max_vcpu_ids(4).unwrap();
+    assert_eq!(vm.set_boot_vcpu(5), Err(Errno::EINVAL));
     vm.set_max_vcpu_ids(4).unwrap();
     assert_eq!(vm.set_max_vcpu_ids(3), Err(Errno::EINVAL));
     assert_eq!(Cpu::try_new(&vm, 4).map(|_| ()), Err(Errno::EINVAL));

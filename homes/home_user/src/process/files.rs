@@ -56,38 +56,54 @@ pub struct KvmFile {
     pub id: FileId,
 }
 
+/// A memfd of `size` bytes that nobody can resize.
+///
+/// # Errors
+/// EMFILE, ENFILE, ENOMEM.
+pub fn sealed(name: &CStr, size: usize) -> Result<OwnedFd, Errno> {
+    // SAFETY: makes a new descriptor.
+    let own = owned(unsafe {
+        libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)
+    })?;
+    let fd = own.as_raw_fd();
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: plain calls on a descriptor that is ours.
+    unsafe {
+        if libc::ftruncate(fd, size as libc::off_t) != 0
+            || libc::fcntl(fd, libc::F_ADD_SEALS, seals) != 0
+        {
+            return Err(last_errno());
+        }
+    }
+    Ok(own)
+}
+
+/// Another opening of a file of ours.
+///
+/// # Errors
+/// ENOENT without /proc; EMFILE, ENFILE.
+pub fn reopen(file: &OwnedFd, access: i32) -> Result<OwnedFd, Errno> {
+    let path = format!("/proc/self/fd/{}\0", file.as_raw_fd());
+    // SAFETY: the path ends with a zero byte.
+    owned(unsafe {
+        libc::syscall(
+            libc::SYS_openat,
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            access | libc::O_CLOEXEC,
+        )
+    } as RawFd)
+}
+
 impl KvmFile {
     /// A file of `size` bytes that nobody can resize.
     ///
     /// # Errors
     /// EMFILE, ENFILE, ENOMEM.
     pub fn new(name: &CStr, size: usize) -> Result<Self, Errno> {
-        // SAFETY: makes a new descriptor.
-        let own = owned(unsafe {
-            libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)
-        })?;
-        let fd = own.as_raw_fd();
-        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
-        // SAFETY: plain calls on a descriptor that is ours.
-        unsafe {
-            if libc::ftruncate(fd, size as libc::off_t) != 0
-                || libc::fcntl(fd, libc::F_ADD_SEALS, seals) != 0
-            {
-                return Err(last_errno());
-            }
-        }
-        let id = id_of(fd).ok_or(Errno::ENOMEM)?;
-        let path = format!("/proc/self/fd/{fd}\0");
-        // SAFETY: the path ends with a zero byte.
-        let again = unsafe {
-            libc::syscall(
-                libc::SYS_openat,
-                libc::AT_FDCWD,
-                path.as_ptr(),
-                libc::O_RDWR | libc::O_CLOEXEC,
-            )
-        };
-        let (given, watchable) = match owned(again as RawFd) {
+        let own = sealed(name, size)?;
+        let id = id_of(own.as_raw_fd()).ok_or(Errno::ENOMEM)?;
+        let (given, watchable) = match reopen(&own, libc::O_RDWR) {
             Ok(given) => (given, true),
             // No /proc: then nobody will say when the descriptor is closed.
             Err(Errno::ENOENT) => (own.try_clone().map_err(|_| Errno(libc::EMFILE))?, false),
@@ -113,7 +129,7 @@ pub fn named(fd: RawFd) -> Option<&'static CStr> {
     let target = std::fs::read_link(format!("/proc/self/fd/{fd}")).ok()?;
     let name = target.to_str()?.strip_prefix("/memfd:")?;
     let name = name.strip_suffix(" (deleted)").unwrap_or(name);
-    [SYSTEM, VM, VCPU, STATS]
+    [SYSTEM, VM, VCPU]
         .into_iter()
         .find(|n| n.to_bytes() == name.as_bytes())
 }

@@ -88,6 +88,11 @@ pub fn closed(first: RawFd, last: RawFd) {
     table::closed(first, last);
 }
 
+/// Whether the program may map `len` bytes of `fd` from byte `offset` on, if that is a descriptor of ours.
+pub fn may_map(fd: RawFd, len: usize, prot: i32, flags: i32, offset: usize) -> bool {
+    table::known(fd).is_none_or(|object| object.allows_mapping(len, prot, flags, offset))
+}
+
 /// The program has mapped `len` bytes of `fd` at `addr`, from byte `offset` on: a vCPU's mapping shows pages
 /// of its VM's, too.
 pub fn mapped(fd: RawFd, addr: usize, len: usize, offset: usize) {

@@ -1,9 +1,9 @@
 //! What is behind the descriptors: `/dev/kvm`, VMs, vCPUs.
 
 use super::files::{self, KvmFile};
-use super::shared::{CoalescedPage, SharedPages};
+use super::shared::{self, CoalescedPage, SharedPages};
 use super::signals::{self, RunMask};
-use super::stats::{self, StatsObject};
+use super::stats::StatsFile;
 use super::{engine, memory, table};
 use crate::events::EventFdEvent;
 use crate::host::Bare;
@@ -28,8 +28,6 @@ pub enum Object {
     Vm(VmObject),
     /// A vCPU.
     Vcpu(Box<VcpuObject>),
-    /// Counters.
-    Stats(#[expect(dead_code, reason = "lives as long as the descriptor")] StatsObject),
 }
 
 impl Object {
@@ -39,8 +37,12 @@ impl Object {
             Object::System => ioctl::system::call(&SystemObject, cmd, arg),
             Object::Vm(vm) => ioctl::vm::call(vm, cmd, arg),
             Object::Vcpu(vcpu) => vcpu.ioctl(cmd, arg),
-            Object::Stats(_) => Err(Errno::ENOTTY),
         }
+    }
+
+    /// Whether the program may map the descriptor like that.
+    pub fn allows_mapping(&self, len: usize, prot: i32, flags: i32, offset: usize) -> bool {
+        !matches!(self, Object::Vcpu(_)) || shared::allows_mapping(len, prot, flags, offset)
     }
 
     /// The program has mapped the descriptor.
@@ -81,7 +83,11 @@ impl SystemFile for SystemObject {
         signals::activate();
         let (coalesced, pages) = CoalescedPage::new()?;
         vm.core().set_coalesced_ring(Arc::new(pages))?;
-        let vm = Arc::new(VmState { vm, coalesced });
+        let vm = Arc::new(VmState {
+            vm,
+            coalesced,
+            stats: StatsFile::default(),
+        });
         let file = KvmFile::new(files::VM, 0)?;
         let fd = table::publish(file, Object::Vm(VmObject(vm.clone())))?;
         if let Some(watcher) = table::watcher() {
@@ -95,6 +101,7 @@ impl SystemFile for SystemObject {
 struct VmState {
     vm: Vm,
     coalesced: CoalescedPage,
+    stats: StatsFile,
 }
 
 /// A VM.
@@ -130,6 +137,7 @@ impl VmFile for VmObject {
         let object = VcpuObject {
             vcpu,
             vm: self.0.clone(),
+            stats: StatsFile::default(),
             signal_mask: Mutex::new(None),
         };
         let fd = table::publish(file, Object::Vcpu(Box::new(object)))?;
@@ -161,10 +169,8 @@ impl VmFile for VmObject {
     }
 
     fn stats_fd(&self) -> Answer {
-        stats::open(
-            self.0.vm.host(),
-            StatsImage::of_vm(self.0.vm.core(), std::process::id()),
-        )
+        let image = StatsImage::of_vm(self.0.vm.core(), std::process::id());
+        self.0.stats.open(&image)
     }
 }
 
@@ -173,6 +179,7 @@ pub struct VcpuObject {
     vcpu: Vcpu,
     /// A vCPU keeps its VM.
     vm: Arc<VmState>,
+    stats: StatsFile,
     signal_mask: Mutex<Option<u64>>,
 }
 
@@ -213,9 +220,7 @@ impl VcpuFile for VcpuObject {
     }
 
     fn stats_fd(&self) -> Answer {
-        stats::open(
-            self.vm.vm.host(),
-            StatsImage::of_vcpu(self.vcpu.shared_arc(), std::process::id()),
-        )
+        let image = StatsImage::of_vcpu(self.vcpu.shared_arc(), std::process::id());
+        self.stats.open(&image)
     }
 }

@@ -72,6 +72,14 @@ fn map_at(
         .ok_or_else(last_errno)
 }
 
+/// Whether a part of a vCPU's file may be mapped like that: of the dirty ring, KVM allows no private copies
+/// and no code.
+pub fn allows_mapping(len: usize, prot: i32, flags: i32, offset: usize) -> bool {
+    let in_ring = offset.saturating_add(len) > kvm_abi::run::DIRTY_RING_OFFSET;
+    let private = flags & libc::MAP_TYPE == libc::MAP_PRIVATE;
+    !in_ring || (prot & libc::PROT_EXEC == 0 && !private)
+}
+
 /// The page of coalesced writes, one for all vCPUs of a VM.
 pub struct CoalescedPage {
     file: OwnedFd,
@@ -104,5 +112,27 @@ impl CoalescedPage {
                 log::error!("cannot show the ring of coalesced writes: {e}");
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::allows_mapping;
+    use kvm_abi::run::DIRTY_RING_OFFSET as RING;
+    use libc::{MAP_PRIVATE, MAP_SHARED, PROT_EXEC, PROT_READ, PROT_WRITE};
+
+    #[test]
+    fn the_dirty_ring_is_shared_data() {
+        let rw = PROT_READ | PROT_WRITE;
+        assert!(allows_mapping(4096, rw, MAP_SHARED, RING));
+        assert!(!allows_mapping(4096, rw, MAP_PRIVATE, RING));
+        assert!(!allows_mapping(
+            4096,
+            PROT_READ | PROT_EXEC,
+            MAP_SHARED,
+            RING
+        ));
+        assert!(!allows_mapping(RING + 4096, rw, MAP_PRIVATE, 0));
+        assert!(allows_mapping(3 * 4096, rw, MAP_PRIVATE, 0));
     }
 }

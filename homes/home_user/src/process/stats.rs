@@ -1,75 +1,43 @@
 //! Descriptors that read counters (KVM_GET_STATS_FD).
 //!
-//! With KVM each read collects the numbers. Here the kernel reads a memfd by itself, so the numbers are written
-//! there when the descriptor is made, and every [`INTERVAL_NS`] as long as it is open.
-#![expect(unsafe_code, reason = "writes a file by its descriptor")]
+//! All of an object's are openings of one file, in which its counters live: reading it is reading them.
 
-use super::files::{self, KvmFile};
-use super::objects::Object;
-use super::table;
-use crate::host::{UserHost, monotonic_ns};
+use super::files;
+use super::shared::SharedPages;
 use kvm_abi::Errno;
-use kvm_core::host::{Host, Timer};
 use kvm_core::ioctl::Answer;
 use kvm_core::stats::StatsImage;
-use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::os::fd::{IntoRawFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
 
-/// How old the numbers can be.
-const INTERVAL_NS: u64 = 20_000_000;
+/// The file of one object, made when it is first asked for.
+#[derive(Default)]
+pub struct StatsFile(Mutex<Option<OwnedFd>>);
 
-/// The numbers and where they are written.
-struct Sheet {
-    image: StatsImage,
-    file: OwnedFd,
-    bytes: Mutex<Vec<u8>>,
-}
-
-impl Sheet {
-    fn refresh(&self) {
-        let mut bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
-        let n = self.image.read(0, &mut bytes);
-        // SAFETY: a live buffer and a descriptor that is ours. What cannot be written stays as it was.
-        unsafe { libc::pwrite(self.file.as_raw_fd(), bytes.as_ptr().cast(), n, 0) };
-    }
-}
-
-/// An open descriptor.
-pub struct StatsObject {
-    _timer: Arc<OnceLock<Box<dyn Timer>>>,
-}
-
-/// Makes a descriptor for `image`.
-///
-/// # Errors
-/// EMFILE, ENOMEM.
-pub fn open(host: &UserHost, image: StatsImage) -> Answer {
-    let size = image.size();
-    let mut bytes = Vec::new();
-    bytes.try_reserve_exact(size).map_err(|_| Errno::ENOMEM)?;
-    bytes.resize(size, 0);
-    let file = KvmFile::new(files::STATS, size)?;
-    let sheet = Sheet {
-        image,
-        file: file.own.try_clone().map_err(|_| Errno(libc::EMFILE))?,
-        bytes: Mutex::new(bytes),
-    };
-    sheet.refresh();
-    let timer: Arc<OnceLock<Box<dyn Timer>>> = Arc::default();
-    let again = Arc::downgrade(&timer);
-    let made = host
-        .timer(Box::new(move || {
-            sheet.refresh();
-            if let Some(timer) = again.upgrade()
-                && let Some(timer) = timer.get()
-            {
-                timer.set(Some(monotonic_ns() + INTERVAL_NS));
+impl StatsFile {
+    /// A descriptor that reads `image`, which is always the object's. The object is not running.
+    ///
+    /// # Errors
+    /// EMFILE, ENFILE, ENOMEM.
+    pub fn open(&self, image: &StatsImage) -> Answer {
+        let mut file = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let file = match &mut *file {
+            Some(file) => file,
+            place => {
+                let file = files::sealed(files::STATS, image.size())?;
+                let pages = SharedPages::map(&file, 0, image.size())?;
+                image.share(Arc::new(pages))?;
+                place.insert(file)
             }
-        }))
-        .ok_or(Errno::ENOMEM)?;
-    made.set(Some(monotonic_ns() + INTERVAL_NS));
-    // Just made: there is nothing in it.
-    let _ = timer.set(made);
-    let fd = table::publish(file, Object::Stats(StatsObject { _timer: timer }))?;
-    Ok(fd.into_raw_fd() as u64)
+        };
+        match files::reopen(file, libc::O_RDONLY) {
+            Ok(fd) => Ok(fd.into_raw_fd() as u64),
+            // No /proc: then all descriptors share one position.
+            Err(Errno::ENOENT) => {
+                let fd = file.try_clone().map_err(|_| Errno(libc::EMFILE))?;
+                Ok(fd.into_raw_fd() as u64)
+            }
+            Err(e) => Err(e),
+        }
+    }
 }
