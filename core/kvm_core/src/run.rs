@@ -42,12 +42,14 @@ impl Vcpu {
     /// EFAULT: the host memory behind a memslot is not there; the instruction has not happened.
     pub fn run(&mut self) -> Result<(), Errno> {
         self.env.host_fault = false;
+        let at_once = self.env.run.immediate_exit();
         self.env.refresh_settings();
         self.resume();
         let result = self.run_inner();
         self.env.sync_pv_eoi();
         self.env.mark_preempted();
-        if result == Err(Errno::EINTR) {
+        // A run that ends at once leaves the last exit's description alone.
+        if result == Err(Errno::EINTR) && !at_once {
             self.env.shared.stats.count(Counter::SignalExits);
             self.env.run.set_reason(reason::INTR);
         }

@@ -123,3 +123,17 @@ fn cr8_is_user_spaces_without_a_local_apic() {
     cpu.run();
     assert_eq!(cpu.vcpu.sregs().cr8, 6);
 }
+
+#[test]
+fn a_run_that_ends_at_once_keeps_the_exit() {
+    let mut cpu = machine();
+    assert_eq!((cpu.run(), cpu.port()), (reason::IO, 1));
+    cpu.page.write(run::IMMEDIATE_EXIT, &[1]);
+    assert_eq!(cpu.vcpu.run(), Err(Errno::EINTR));
+    cpu.page.write(run::IMMEDIATE_EXIT, &[0]);
+    assert_eq!(cpu.page.load(run::EXIT_REASON), reason::IO);
+    assert_eq!(cpu.vcpu.regs().rip, 0x1002, "the access is over");
+    cpu.vcpu.shared().user_kick();
+    assert_eq!(cpu.vcpu.run(), Err(Errno::EINTR));
+    assert_eq!(cpu.page.load(run::EXIT_REASON), reason::INTR);
+}
