@@ -51,7 +51,10 @@ impl Vcpu {
         // A run that ends at once leaves the last exit's description alone.
         if result == Err(Errno::EINTR) && !at_once {
             self.env.shared.stats.count(Counter::SignalExits);
-            self.env.run.set_reason(reason::INTR);
+            // `immediate_exit` leaves the last exit as it was: user space completes it so.
+            if !self.env.run.immediate_exit() {
+                self.env.run.set_reason(reason::INTR);
+            }
         }
         self.put_sync_regs();
         self.publish();
