@@ -18,6 +18,8 @@ use kvm_abi::paravirt::steal_time;
 
 /// How often the thread's waiting time is looked up; it costs a system call.
 const STEAL_PERIOD_NS: u64 = 10_000_000;
+/// And how often at most when user space runs the vCPU again, which may be after a long wait.
+const STEAL_ENTRY_NS: u64 = 200_000;
 
 /// A vCPU's side of what is shared.
 #[derive(Clone, Copy, Debug, Default)]
@@ -28,8 +30,11 @@ pub(crate) struct Paravirt {
     preempted: bool,
     /// What the last steal time was computed from.
     last_delay: Option<RunDelay>,
-    /// When to look again.
+    /// When it was last looked up, and when to look again.
+    last_steal_ns: u64,
     next_steal_ns: u64,
+    /// The vCPU has been run anew; the guest is to see another version, as with KVM.
+    entered: bool,
 }
 
 impl VcpuEnv {
@@ -132,23 +137,40 @@ impl VcpuEnv {
             .is_some_and(|old| old & steal_time::VCPU_FLUSH_TLB != 0)
     }
 
+    /// User space runs the vCPU again.
+    pub fn enter_steal_time(&mut self) {
+        let p = &mut self.paravirt;
+        p.entered = true;
+        let soon = p.last_steal_ns.saturating_add(STEAL_ENTRY_NS);
+        p.next_steal_ns = p.next_steal_ns.min(soon);
+    }
+
+    /// What the thread has waited since the last look.
+    fn stolen(&mut self, now_ns: u64) -> Option<u64> {
+        self.paravirt.last_steal_ns = now_ns;
+        self.paravirt.next_steal_ns = now_ns.saturating_add(STEAL_PERIOD_NS);
+        let delay = self.vm.host.run_delay()?;
+        let last = self.paravirt.last_delay.replace(delay);
+        // Another thread than before has another count.
+        match last {
+            Some(last) if last.thread == delay.thread => Some(delay.ns.saturating_sub(last.ns)),
+            _ => Some(0),
+        }
+    }
+
     /// Brings `kvm_steal_time` up to date, if that is due: an odd version while it changes.
     pub fn update_steal_time(&mut self, now_ns: u64) {
-        if now_ns < self.paravirt.next_steal_ns {
+        let due = now_ns >= self.paravirt.next_steal_ns;
+        if !due && !self.paravirt.entered {
             return;
         }
         let Some(gpa) = self.steal_area() else {
             return;
         };
-        self.paravirt.next_steal_ns = now_ns.saturating_add(STEAL_PERIOD_NS);
-        let Some(delay) = self.vm.host.run_delay() else {
+        self.paravirt.entered = false;
+        let stolen = if due { self.stolen(now_ns) } else { Some(0) };
+        let Some(stolen) = stolen else {
             return;
-        };
-        let last = self.paravirt.last_delay.replace(delay);
-        // Another thread than before has another count.
-        let stolen = match last {
-            Some(last) if last.thread == delay.thread => delay.ns.saturating_sub(last.ns),
-            _ => 0,
         };
         let memory = &self.vm.memory;
         let (mut steal, mut version) = ([0; 8], [0; 4]);

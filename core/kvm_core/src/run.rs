@@ -44,6 +44,7 @@ impl Vcpu {
         self.env.host_fault = false;
         let at_once = self.env.run.immediate_exit();
         self.env.refresh_settings();
+        self.env.enter_steal_time();
         self.resume();
         let result = self.run_inner();
         self.env.sync_pv_eoi();

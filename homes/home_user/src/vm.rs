@@ -13,6 +13,7 @@ use kvm_bindings::{
 };
 use kvm_core::engine::Engine;
 use kvm_core::ioeventfd::{Bus, Match};
+use std::collections::BTreeSet;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -35,9 +36,33 @@ impl From<NoDatamatch> for u64 {
     }
 }
 
+/// The eventfds of all VMs' irqfds: each belongs to one of them, as in KVM.
+static CLAIMED: Mutex<BTreeSet<u64>> = Mutex::new(BTreeSet::new());
+
+/// An eventfd that is an irqfd's.
+struct Claim(u64);
+
+impl Claim {
+    fn new(id: u64) -> Result<Self, Errno> {
+        let mut claimed = CLAIMED.lock().unwrap_or_else(PoisonError::into_inner);
+        if claimed.insert(id) {
+            Ok(Claim(id))
+        } else {
+            Err(Errno::EBUSY)
+        }
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let mut claimed = CLAIMED.lock().unwrap_or_else(PoisonError::into_inner);
+        claimed.remove(&self.0);
+    }
+}
+
 struct Irqfd {
     gsi: u32,
-    id: u64,
+    eventfd: Claim,
     key: u64,
     /// The resample event's id.
     resample: Option<u64>,
@@ -314,9 +339,7 @@ impl Vm {
         }
         let id = event_id(fd.as_raw_fd());
         let mut irqfds = self.irqfds.lock().unwrap_or_else(PoisonError::into_inner);
-        if irqfds.iter().any(|i| i.id == id) {
-            return Err(Errno::EBUSY);
-        }
+        let eventfd = Claim::new(id)?;
         let own = duplicate(fd)?;
         let resample = match resample {
             None => None,
@@ -338,7 +361,7 @@ impl Vm {
         )?;
         irqfds.push(Irqfd {
             gsi,
-            id,
+            eventfd,
             key,
             resample,
         });
@@ -353,7 +376,7 @@ impl Vm {
         let id = event_id(fd.as_raw_fd());
         let mut irqfds = self.irqfds.lock().unwrap_or_else(PoisonError::into_inner);
         irqfds.retain(|irqfd| {
-            if irqfd.id != id || irqfd.gsi != gsi {
+            if irqfd.eventfd.0 != id || irqfd.gsi != gsi {
                 return true;
             }
             self.host.events.remove(irqfd.key);
