@@ -44,6 +44,7 @@ pub const ARCH_CAPABILITIES: u64 = 1
 pub const KVM_FEATURES: u32 = kvm_feature::CLOCKSOURCE
     | kvm_feature::NOP_IO_DELAY
     | kvm_feature::CLOCKSOURCE2
+    | kvm_feature::ASYNC_PF
     | kvm_feature::STEAL_TIME
     | kvm_feature::PV_EOI
     | kvm_feature::PV_UNHALT

@@ -572,9 +572,10 @@ impl VcpuEnv {
                 self.msrs.system_time_old = index == msr::KVM_SYSTEM_TIME;
                 self.write_time_info(cpu);
             }
-            // Not offered: there is nothing asynchronous about page faults here.
+            // The host may deliver page faults asynchronously; it never has to here.
             msr::KVM_ASYNC_PF_EN => {
-                ok(value & 1 == 0)?;
+                // Neither as a nested exit nor as an interrupt, and no reserved bit.
+                ok(value & 0x3c == 0)?;
                 self.msrs.async_pf = value;
             }
             msr::KVM_STEAL_TIME => {
