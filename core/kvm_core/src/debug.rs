@@ -25,6 +25,8 @@ const BOTH_HW: u32 = guestdbg::ENABLE | guestdbg::USE_HW_BP;
 pub(crate) struct Breakpoints {
     address: [u64; 4],
     dr7: u64,
+    /// The debugger wants to see the guest's accesses to debug registers.
+    guards: bool,
 }
 
 impl Vcpu {
@@ -62,6 +64,7 @@ impl Vcpu {
         self.env.breakpoints = Breakpoints {
             address: [regs[0], regs[1], regs[2], regs[3]],
             dr7: regs[7] & 0xffff_ffff | dr::DR7_FIXED | DR7_GD,
+            guards: regs[7] & DR7_GD != 0,
         };
         self.engine.state_changed();
         Ok(())
@@ -81,7 +84,7 @@ impl Vcpu {
         if breakpoints {
             self.swap_breakpoints();
         }
-        let guards = self.engine.cpu_ref().dr7 & DR7_GD != 0;
+        let guards = self.env.breakpoints.guards || self.engine.cpu_ref().dr7 & DR7_GD != 0;
         match exit {
             Exit::Debug(e) if breakpoints && !guards && e.payload & DR6_BD != 0 => {
                 let exit = if self.env.guest_debug & BOTH_STEP == BOTH_STEP {

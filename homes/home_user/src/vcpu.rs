@@ -402,6 +402,15 @@ impl Vcpu {
         Ok(())
     }
 
+    /// KVM_SMI.
+    ///
+    /// # Errors
+    /// None.
+    pub fn smi(&self) -> Result<(), Errno> {
+        self.core().smi();
+        Ok(())
+    }
+
     /// KVM_GET_TSC_KHZ.
     ///
     /// # Errors
