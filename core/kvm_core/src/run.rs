@@ -225,6 +225,7 @@ impl Vcpu {
                 return Ok(self.emulation_failed());
             }
             Exit::InternalError => self.internal_error(internal::EMULATION),
+            Exit::Vectoring(vector) => self.vectoring_error(vector),
             Exit::Debug(exception) => self.debug_exit(&exception),
         }
         Ok(Next::User)
@@ -308,6 +309,23 @@ impl Vcpu {
             && cpu.shadow == 0
             && self.env.events.interrupt.is_none()
             && self.env.events.exception.is_none()
+    }
+
+    /// An event's gate or stack is not in RAM. The data are KVM's: what was delivered, two words that only
+    /// hardware has, the guest-physical address, the host CPU that is not known here.
+    fn vectoring_error(&mut self, vector: u8) {
+        const VALID_EXCEPTION: u64 = 1 << 31 | 3 << 8;
+        let gpa = match self.env.inflight.pending.map(|pending| pending.op) {
+            Some(Op::Read(gpa) | Op::Write(gpa)) => gpa,
+            _ => u64::MAX,
+        };
+        self.internal_error(internal::DELIVERY_EV);
+        let page = &self.env.run;
+        let data = [VALID_EXCEPTION | u64::from(vector), 0, 0, gpa, 0];
+        page.set_u32(run::EXIT + 4, data.len() as u32);
+        for (i, value) in data.into_iter().enumerate() {
+            page.set_u64(run::EXIT + 8 + i * 8, value);
+        }
     }
 
     pub(crate) fn internal_error(&mut self, suberror: u32) {
@@ -633,14 +651,7 @@ impl Vcpu {
     }
 
     fn deliver(&mut self, event: Event) -> Result<(), Exit> {
-        match event::deliver(self.engine.cpu(), &mut self.env, event) {
-            // The IDT or the stack is not in RAM: there is no instruction to execute again.
-            Err(Exit::UserSpace) if !self.env.host_fault => {
-                self.env.inflight.clear();
-                Err(Exit::InternalError)
-            }
-            result => result,
-        }
+        event::deliver(self.engine.cpu(), &mut self.env, event)
     }
 }
 

@@ -32,6 +32,9 @@ pub enum Exit {
     EmulationFailed,
     /// Guest debugging (KVM_GUESTDBG) wants to see this #DB or #BP.
     Debug(Exception),
+    /// The delivery of an event with this vector needs an access that user space would have to answer: its
+    /// gate or its stack is not in RAM. There is no instruction to execute again.
+    Vectoring(u8),
     /// Execution cannot go on for a reason inside the engine.
     InternalError,
 }

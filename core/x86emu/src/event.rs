@@ -106,7 +106,7 @@ fn is_fault(vector: u8) -> bool {
 /// Delivers an event, and whatever exceptions its delivery raises.
 ///
 /// Errors: [`Exit::Shutdown`] for a triple fault, [`Exit::Debug`] when guest debugging takes the
-/// exception, otherwise what the environment stops for.
+/// exception, [`Exit::Vectoring`] where user space would be needed, otherwise what the environment stops for.
 pub fn deliver<E: Env + ?Sized>(cpu: &mut CpuState, env: &mut E, event: Event) -> Result<(), Exit> {
     let mut event = event;
     let mut external = !event.kind.checks_privilege();
@@ -116,6 +116,7 @@ pub fn deliver<E: Env + ?Sized>(cpu: &mut CpuState, env: &mut E, event: Event) -
                 env.retired();
                 return Ok(());
             }
+            Err(Stop::Exit(Exit::UserSpace)) => return Err(Exit::Vectoring(event.vector)),
             Err(Stop::Exit(exit)) => return Err(exit),
             Err(Stop::Exception(second)) => second,
         };

@@ -4,6 +4,7 @@ use super::fake::{Count, Cpu, out, touch, vm, with_code};
 use crate::ioeventfd::{Bus, Match};
 use crate::shared_memory::tests::Pages;
 use kvm_abi::kvm_coalesced_mmio_zone;
+use kvm_abi::run;
 use kvm_abi::run::reason;
 use std::sync::Arc;
 
@@ -46,6 +47,30 @@ fn coalesced_writes_do_not_leave_the_guest() {
     assert_eq!(cpu.run(), reason::MMIO);
     assert_eq!(cpu.run(), reason::MMIO);
     assert_eq!(ring.load(4), 2);
+}
+
+#[test]
+fn an_event_whose_gate_is_not_in_ram() {
+    let vm = vm();
+    // UD2, with the interrupt table at 64 KiB, where there is nothing.
+    with_code(&vm, 8, &[0x0f, 0x0b]);
+    let mut cpu = Cpu::new(&vm, 0);
+    cpu.start(0x1000);
+    let mut s = cpu.vcpu.sregs();
+    s.idt.base = 0x10000;
+    s.idt.limit = 0x3ff;
+    cpu.vcpu.set_sregs(&s).unwrap();
+    assert_eq!(cpu.run(), reason::INTERNAL_ERROR);
+    let word = |at: usize| cpu.page.load(run::EXIT + at);
+    assert_eq!((word(0), word(4)), (run::internal::DELIVERY_EV, 5));
+    assert_eq!(word(8), 1 << 31 | 3 << 8 | 6);
+    assert_eq!(
+        (word(32), word(36)),
+        (0x10000 + 6 * 4, 0),
+        "the gate's address"
+    );
+    // The next run starts over instead of waiting for an answer.
+    assert_eq!(cpu.run(), reason::INTERNAL_ERROR);
 }
 
 #[test]
