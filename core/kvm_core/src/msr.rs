@@ -7,7 +7,7 @@ use crate::cpuid::{ARCH_CAPABILITIES, Vendor};
 use crate::env::VcpuEnv;
 use crate::mce::Mce;
 use kvm_abi::paravirt::time_info;
-use x86defs::cpuid::{ext1_edx, kvm_feature, leaf, leaf7_ebx, leaf7_edx};
+use x86defs::cpuid::{ext1_edx, kvm_feature, leaf, leaf7_ebx, leaf7_ecx, leaf7_edx};
 use x86defs::{cr0, efer, msr};
 use x86emu::state::{CpuState, sreg};
 
@@ -25,10 +25,10 @@ const MISC_ENABLE_MWAIT: u64 = 1 << 18;
 const HWCR_MC_STATUS_WRITE: u64 = 1 << 18;
 /// SMBASE after RESET.
 const SMBASE_RESET: u64 = 0x3_0000;
-/// MISC_ENABLE: fast strings, no BTS, no PEBS.
-const MISC_ENABLE_RESET: u64 = 1 | 1 << 11 | 1 << 12;
+/// MISC_ENABLE: no BTS, no PEBS. Whether strings are fast is user space's to say.
+const MISC_ENABLE_RESET: u64 = 1 << 11 | 1 << 12;
 /// HWCR: the TSC counts at the P0 frequency.
-const HWCR_RESET: u64 = 1 << 24;
+const HWCR_TSC_AT_P0: u64 = 1 << 24;
 
 /// The MSRs that no instruction but RDMSR and WRMSR looks at.
 #[derive(Clone, Debug)]
@@ -48,6 +48,7 @@ pub(crate) struct Msrs {
     misc_features: u64,
     microcode: u64,
     hwcr: u64,
+    de_cfg: u64,
     smbase: u64,
     smi_count: u64,
     wall_clock: u64,
@@ -81,7 +82,8 @@ impl Msrs {
                 Vendor::Intel => 0x1_0000_0000,
                 Vendor::Amd => 0x0100_0065,
             },
-            hwcr: HWCR_RESET,
+            hwcr: 0,
+            de_cfg: 0,
             smbase: SMBASE_RESET,
             smi_count: 0,
             wall_clock: 0,
@@ -338,7 +340,7 @@ impl VcpuEnv {
             msr::SYSENTER_CS => cpu.sysenter_cs,
             msr::SYSENTER_ESP => cpu.sysenter_esp,
             msr::SYSENTER_EIP => cpu.sysenter_eip,
-            msr::TSC_AUX if host || self.features.ext1_edx & ext1_edx::RDTSCP != 0 => cpu.tsc_aux,
+            msr::TSC_AUX if host || self.has_tsc_aux() => cpu.tsc_aux,
             msr::TSC => self.vm.host.tsc().wrapping_add(cpu.tsc_offset),
             msr::TSC_ADJUST => m.tsc_adjust,
             msr::TSC_DEADLINE => self.shared.lapic().map_or(0, |l| l.lock().tsc_deadline()),
@@ -375,13 +377,11 @@ impl VcpuEnv {
             | msr::LASTBRANCHTOIP
             | msr::LASTINTFROMIP
             | msr::LASTINTTOIP
-            | msr::PERF_CTL
-            | msr::MPERF
-            | msr::APERF => 0,
+            | msr::PERF_CTL => 0,
             // RAPL: no energy counters.
             msr::RAPL_POWER_UNIT | 0x611 | 0x619 | 0x639 | 0x641 => 0,
             msr::AMD_HWCR if amd || host => m.hwcr,
-            msr::AMD_DE_CFG if amd || host => msr::AMD_DE_CFG_LFENCE,
+            msr::AMD_DE_CFG if amd || host => m.de_cfg,
             msr::K7_EVNTSEL0..=msr::K7_PERFCTR3
             | msr::AMD_SYSCFG
             | msr::AMD_NB_CFG
@@ -454,7 +454,7 @@ impl VcpuEnv {
             msr::STAR => cpu.star = value,
             msr::FMASK => cpu.fmask = value & 0xffff_ffff,
             msr::SYSENTER_CS => cpu.sysenter_cs = value & 0xffff_ffff,
-            msr::TSC_AUX if host || self.features.ext1_edx & ext1_edx::RDTSCP != 0 => {
+            msr::TSC_AUX if host || self.has_tsc_aux() => {
                 ok(value >> 32 == 0)?;
                 cpu.tsc_aux = value;
             }
@@ -549,10 +549,13 @@ impl VcpuEnv {
             msr::AMD_HWCR if amd || host => {
                 // FFDIS, MONMWAITUSEREN, TLBCACHEDIS and IRPERFEN mean nothing here.
                 let value = value & !(1 << 6 | 1 << 8 | 1 << 3 | 1 << 30);
-                ok(value & !(HWCR_MC_STATUS_WRITE | HWCR_RESET) == 0)?;
+                ok(value & !(HWCR_MC_STATUS_WRITE | HWCR_TSC_AT_P0) == 0)?;
                 self.msrs.hwcr = value;
             }
-            msr::AMD_DE_CFG if amd || host => ok(value & !msr::AMD_DE_CFG_LFENCE == 0)?,
+            msr::AMD_DE_CFG if amd || host => {
+                ok(value & !msr::AMD_DE_CFG_LFENCE == 0)?;
+                self.msrs.de_cfg = value;
+            }
             msr::AMD_BU_CFG2 | msr::K7_EVNTSEL0..=msr::K7_PERFCTR3 if amd => ok(value == 0)?,
             msr::AMD_SYSCFG
             | msr::AMD_NB_CFG
@@ -597,6 +600,12 @@ impl VcpuEnv {
             _ => return None,
         }
         Some(())
+    }
+
+    /// RDTSCP or RDPID reads it.
+    fn has_tsc_aux(&self) -> bool {
+        self.features.ext1_edx & ext1_edx::RDTSCP != 0
+            || self.features.leaf7_ecx & leaf7_ecx::RDPID != 0
     }
 
     fn has_arch_capabilities(&self) -> bool {

@@ -100,9 +100,9 @@ impl Vm {
     /// KVM_CAP_X86_DISABLE_EXITS. Exits once disabled stay so.
     ///
     /// # Errors
-    /// EINVAL for unknown exits.
+    /// EINVAL for unknown exits, and when there are vCPUs already.
     pub fn disable_exits(&self, bits: u64) -> Result<(), Errno> {
-        if bits & !disable_exits::VALID != 0 {
+        if bits & !disable_exits::VALID != 0 || !self.vcpus().is_empty() {
             return Err(Errno::EINVAL);
         }
         let s = &self.settings;

@@ -244,10 +244,13 @@ fn the_bytes_of_an_instruction_are_shown() {
 fn hlt_can_stay_in_the_guest() {
     let vm = vm();
     assert_eq!(vm.disable_exits(16), Err(Errno::EINVAL));
-    let mut cpu = machine(&vm, &[Vec::from([0xfb, 0xf4]), out(1)].concat());
+    let code = [Vec::from([0xfb, 0xf4]), out(1)].concat();
+    let mut cpu = machine(&vm, &code);
     assert_eq!(cpu.run(), reason::HLT);
-    cpu.start(0x1000);
+    assert_eq!(vm.disable_exits(disable_exits::HLT), Err(Errno::EINVAL));
+    let vm = super::fake::vm();
     vm.disable_exits(disable_exits::HLT).unwrap();
+    let mut cpu = machine(&vm, &code);
     assert_eq!(cpu.vcpu.run(), Err(Errno::EINTR), "asleep until a signal");
     cpu.page.write(run::REQUEST_INTERRUPT_WINDOW, &[1]);
     assert_eq!(cpu.run(), reason::IRQ_WINDOW_OPEN);

@@ -17,6 +17,14 @@ use crate::hypervisor::{self, Exit, Vcpu, Vm};
 const MTRR_DEF_TYPE: u32 = 0x2ff;
 /// MTRRs on, default type write-back: without it Linux leaves PAT off.
 const MTRR_ENABLED_WRITE_BACK: u64 = 0x806;
+/// `IA32_MISC_ENABLE`.
+const MISC_ENABLE: u32 = 0x1a0;
+/// Fast strings; no branch trace store, no event-based sampling.
+const FAST_STRINGS: u64 = 0x1801;
+/// AMD's `HWCR`.
+const HWCR: u32 = 0xc001_0015;
+/// The TSC counts at the P0 frequency: without it Linux complains about the firmware.
+const TSC_AT_P0: u64 = 1 << 24;
 const LAPIC_LVT_LINT0: usize = 0x350;
 const LAPIC_LVT_LINT1: usize = 0x360;
 /// LINT0 takes the 8259 (ExtINT), LINT1 is NMI, as firmware sets them up.
@@ -29,13 +37,20 @@ pub(super) fn create(vm: &Vm, id: u32, cpuid: &Template) -> hypervisor::Result<V
     if let Some(cpuid) = cpuid.for_vcpu(id) {
         vcpu.set_cpuid2(&cpuid)?;
     }
-    let entry = kvm_msr_entry {
-        index: MTRR_DEF_TYPE,
-        data: MTRR_ENABLED_WRITE_BACK,
-        ..Default::default()
-    };
-    if let Ok(msrs) = Msrs::from_entries(&[entry]) {
-        vcpu.set_msrs(&msrs)?;
+    // One by one: an older KVM may not know the last.
+    for (index, data) in [
+        (MTRR_DEF_TYPE, MTRR_ENABLED_WRITE_BACK),
+        (MISC_ENABLE, FAST_STRINGS),
+        (HWCR, TSC_AT_P0),
+    ] {
+        let entry = kvm_msr_entry {
+            index,
+            data,
+            ..Default::default()
+        };
+        if let Ok(msrs) = Msrs::from_entries(&[entry]) {
+            vcpu.set_msrs(&msrs)?;
+        }
     }
     let mut lapic = vcpu.get_lapic()?;
     for (register, mode) in [
