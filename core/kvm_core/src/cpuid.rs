@@ -148,7 +148,12 @@ pub fn supported(host: &dyn Host) -> Vec<kvm_cpuid_entry2> {
     b.push(
         leaf::KVM_SIGNATURE,
         None,
-        [leaf::KVM_FEATURES, 0x4b4d_564b, 0x564b_4d56, 0x4d],
+        [
+            leaf::KVM_FEATURES,
+            KVM_SIGNATURE[0],
+            KVM_SIGNATURE[1],
+            KVM_SIGNATURE[2],
+        ],
     );
     b.push(leaf::KVM_FEATURES, None, [KVM_FEATURES, 0, 0, 0]);
 
@@ -354,6 +359,9 @@ fn push_extended(b: &mut Builder<'_>, amd: bool) {
     b.push(0x8000_0021, None, [eax, 0, 6, 0]);
 }
 
+/// "KVMKVMKVM" in EBX, ECX and EDX.
+const KVM_SIGNATURE: [u32; 3] = [0x4b4d_564b, 0x564b_4d56, 0x4d];
+
 /// CPUID.80000021H:EAX: automatic IBRS.
 const AMD_AUTOIBRS: u32 = 1 << 8;
 
@@ -431,12 +439,28 @@ impl Cpuid {
                 .all(|(a, b)| stable(a) == stable(b))
     }
 
+    /// The leaf with KVM's own features: next to the one that bears KVM's signature.
+    fn kvm_features_leaf(&self) -> Option<u32> {
+        let bases = (leaf::KVM_SIGNATURE..leaf::KVM_SIGNATURE + 0x1_0000).step_by(0x100);
+        let base = bases
+            .into_iter()
+            .find(|&base| self.regs(base, 0)[1..] == KVM_SIGNATURE)?;
+        Some(base | leaf::KVM_FEATURES)
+    }
+
+    /// KVM's own features as the guest sees them.
+    pub fn kvm_features(&self) -> u32 {
+        self.kvm_features_leaf()
+            .map_or(0, |function| self.regs(function, 0)[0])
+    }
+
     /// Takes KVM_FEATURE_PV_UNHALT away.
     pub fn hide_pv_unhalt(&mut self) {
-        for e in &mut self.entries {
-            if e.function == leaf::KVM_FEATURES {
-                e.eax &= !kvm_feature::PV_UNHALT;
-            }
+        let Some(function) = self.kvm_features_leaf() else {
+            return;
+        };
+        for e in self.entries.iter_mut().filter(|e| e.function == function) {
+            e.eax &= !kvm_feature::PV_UNHALT;
         }
     }
 

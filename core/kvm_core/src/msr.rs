@@ -7,7 +7,7 @@ use crate::cpuid::{ARCH_CAPABILITIES, Vendor};
 use crate::env::VcpuEnv;
 use crate::mce::Mce;
 use kvm_abi::paravirt::time_info;
-use x86defs::cpuid::{ext1_edx, kvm_feature, leaf, leaf7_ebx, leaf7_ecx, leaf7_edx};
+use x86defs::cpuid::{ext1_edx, kvm_feature, leaf7_ebx, leaf7_ecx, leaf7_edx};
 use x86defs::{cr0, efer, msr};
 use x86emu::state::{CpuState, sreg};
 
@@ -27,6 +27,9 @@ const HWCR_MC_STATUS_WRITE: u64 = 1 << 18;
 const SMBASE_RESET: u64 = 0x3_0000;
 /// MISC_ENABLE: no BTS, no PEBS. Whether strings are fast is user space's to say.
 const MISC_ENABLE_RESET: u64 = 1 << 11 | 1 << 12;
+/// What the guest must leave as it is there, and what it may try to change.
+const MISC_ENABLE_FIXED: u64 = 1 << 11 | 1 << 12;
+const MISC_ENABLE_IGNORED: u64 = 1 << 7;
 /// HWCR: the TSC counts at the P0 frequency.
 const HWCR_TSC_AT_P0: u64 = 1 << 24;
 
@@ -318,7 +321,7 @@ impl VcpuEnv {
 
     /// Whether the guest may use one of KVM's own features.
     pub fn pv_offered(&self, feature: u32) -> bool {
-        !self.enforce_pv_cpuid || self.cpuid.regs(leaf::KVM_FEATURES, 0)[0] & feature != 0
+        !self.enforce_pv_cpuid || self.cpuid.kvm_features() & feature != 0
     }
 
     /// RDMSR, or KVM_GET_MSRS where `host`. `None`: #GP.
@@ -498,6 +501,11 @@ impl VcpuEnv {
             }
             msr::MTRRCAP => ok(host && value == MTRRCAP)?,
             msr::MISC_ENABLE => {
+                let (old, mut value) = (self.msrs.misc_enable, value);
+                if !host {
+                    ok((old ^ value) & MISC_ENABLE_FIXED == 0)?;
+                    value = value & !MISC_ENABLE_IGNORED | old & MISC_ENABLE_IGNORED;
+                }
                 self.msrs.misc_enable = value;
                 self.refresh_settings();
             }
@@ -547,8 +555,8 @@ impl VcpuEnv {
             msr::DEBUGCTL => ok(value & !3 == 0)?,
             msr::PERF_CTL | msr::PERF_STATUS | msr::EBL_CR_POWERON => {}
             msr::AMD_HWCR if amd || host => {
-                // FFDIS, MONMWAITUSEREN, TLBCACHEDIS and IRPERFEN mean nothing here.
-                let value = value & !(1 << 6 | 1 << 8 | 1 << 3 | 1 << 30);
+                // FFDIS, MONMWAITUSEREN and TLBCACHEDIS mean nothing here.
+                let value = value & !(1 << 6 | 1 << 8 | 1 << 3);
                 ok(value & !(HWCR_MC_STATUS_WRITE | HWCR_TSC_AT_P0) == 0)?;
                 self.msrs.hwcr = value;
             }

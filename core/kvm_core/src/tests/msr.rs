@@ -243,12 +243,21 @@ fn kvms_own_msrs_follow_cpuid_where_enforced() {
         assert_eq!(get(&mut cpu, index), None, "{index:#x}");
         assert!(!set(&mut cpu, index, 0), "{index:#x}");
     }
+    let signature = kvm_cpuid_entry2 {
+        function: 0x4000_0000,
+        ebx: 0x4b4d_564b,
+        ecx: 0x564b_4d56,
+        edx: 0x4d,
+        ..Default::default()
+    };
     let features = kvm_cpuid_entry2 {
         function: 0x4000_0001,
         eax: 1 << 3 | 1 << 5,
         ..Default::default()
     };
     cpu.vcpu.set_cpuid(&[features]).unwrap();
+    assert_eq!(get(&mut cpu, 0x4b56_4d01), None, "not KVM's leaf");
+    cpu.vcpu.set_cpuid(&[signature, features]).unwrap();
     assert_eq!(get(&mut cpu, 0x4b56_4d01), Some(0));
     assert_eq!(get(&mut cpu, 0x4b56_4d03), Some(0));
     assert_eq!(get(&mut cpu, 0x12), None);
@@ -287,4 +296,20 @@ fn port_7e_is_passed_before_user_space_hears_of_it() {
     assert_eq!(io(&mut cpu).0, 0x7e);
     assert_eq!(cpu.vcpu.regs().rip, 0x1002);
     assert_eq!(io(&mut cpu).0, 3);
+}
+
+#[test]
+fn the_guest_cannot_change_what_misc_enable_says_is_missing() {
+    const MISC_ENABLE: u32 = 0x1a0;
+    let vm = vm();
+    let code = [
+        wrmsr(MISC_ENABLE, 0, 0x1881),
+        rdmsr(MISC_ENABLE),
+        wrmsr(MISC_ENABLE, 0, 1),
+    ];
+    let mut cpu = machine(&vm, &code);
+    assert_eq!(io(&mut cpu).0, 2);
+    assert_eq!(io(&mut cpu), (1, 0x1801));
+    assert_eq!(io(&mut cpu).0, 9);
+    assert!(set(&mut cpu, MISC_ENABLE, 1));
 }

@@ -295,11 +295,20 @@ fn hlt_in_the_guest_hides_the_way_to_wake_it() {
     let vm = vm();
     vm.disable_exits(2).unwrap();
     let mut cpu = Cpu::new(&vm, 0);
+    let signature = kvm_cpuid_entry2 {
+        function: 0x4000_0000,
+        ebx: 0x4b4d_564b,
+        ecx: 0x564b_4d56,
+        edx: 0x4d,
+        ..Default::default()
+    };
     let features = kvm_cpuid_entry2 {
         function: 0x4000_0001,
         eax: 1 << 7 | 1 << 3,
         ..Default::default()
     };
+    cpu.vcpu.set_cpuid(&[signature, features]).unwrap();
+    assert_eq!(cpu.vcpu.cpuid()[1].eax, 1 << 3);
     cpu.vcpu.set_cpuid(&[features]).unwrap();
-    assert_eq!(cpu.vcpu.cpuid()[0].eax, 1 << 3);
+    assert_eq!(cpu.vcpu.cpuid()[0], features, "somebody else's leaf");
 }
