@@ -343,7 +343,7 @@ impl VcpuEnv {
         if self.kernel_read(op, data) {
             return self.record(op, data);
         }
-        self.ask_user(op, data)
+        self.ask_user(op, data, 1)
     }
 
     fn write(&mut self, op: Op, data: &[u8]) -> Result<(), Stop> {
@@ -353,7 +353,7 @@ impl VcpuEnv {
         if self.kernel_write(op, data) {
             return self.record(op, data);
         }
-        self.ask_user(op, data)
+        self.ask_user(op, data, 1)
     }
 
     fn record(&mut self, op: Op, data: &[u8]) -> Result<(), Stop> {
@@ -378,11 +378,12 @@ impl VcpuEnv {
     }
 
     /// Fills `kvm_run` for an access; the run loop returns to user space with it.
-    fn ask_user(&mut self, op: Op, data: &[u8]) -> Result<(), Stop> {
+    fn ask_user(&mut self, op: Op, data: &[u8], count: u16) -> Result<(), Stop> {
         let len = data.len().min(8);
         self.inflight.pending = Some(Pending {
             op,
             len: len as u8,
+            count,
             linear_rip: 0,
         });
         let page = &self.run;
@@ -395,7 +396,7 @@ impl VcpuEnv {
                 head[0] = if out { run::IO_OUT } else { run::IO_IN };
                 head[1] = len as u8;
                 head[2..4].copy_from_slice(&port.to_ne_bytes());
-                head[4] = 1; // count
+                head[4..6].copy_from_slice(&count.to_ne_bytes());
                 page.write(run::EXIT, &head);
                 page.set_u64(run::EXIT + 8, run::PIO_OFFSET as u64);
                 if out {
@@ -425,6 +426,15 @@ impl VcpuEnv {
         let mut data = [0; 8];
         let len = usize::from(pending.len);
         match pending.op {
+            Op::In(port) if pending.count > 1 => {
+                let page = &self.run;
+                let count = usize::from(pending.count);
+                let recorded = self
+                    .inflight
+                    .record_input(port, len, count, |data| page.read(run::PIO_OFFSET, data));
+                self.inflight.rewind();
+                return recorded;
+            }
             Op::In(_) => self.run.read(run::PIO_OFFSET, &mut data[..len]),
             Op::Read(_) => self.run.read(run::EXIT + 8, &mut data[..len]),
             Op::Out(_) | Op::Write(_) => {}
@@ -499,6 +509,25 @@ impl Env for VcpuEnv {
         self.read(Op::In(port), data)
     }
 
+    fn io_in_string(&mut self, port: u16, size: usize, data: &mut [u8]) -> Result<usize, Stop> {
+        let op = Op::In(port);
+        let count = data.len() / size;
+        if let Some(n) = self.inflight.recall_input(port, size, data) {
+            return Ok(n);
+        }
+        if count == 1 || self.inflight.next().is_some() {
+            self.read(op, &mut data[..size])?;
+            return Ok(1);
+        }
+        if self.kernel_read(op, &mut data[..size]) {
+            self.record(op, &data[..size])?;
+            return Ok(1);
+        }
+        // The mapping has a page for it.
+        let count = count.min(guestmem::PAGE_SIZE as usize / size) as u16;
+        self.ask_user(op, &data[..size], count)?;
+        Ok(0)
+    }
     fn io_out(&mut self, port: u16, data: &[u8]) -> Result<(), Stop> {
         self.write(Op::Out(port), data)
     }

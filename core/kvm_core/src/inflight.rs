@@ -50,8 +50,18 @@ pub struct Pending {
     pub op: Op,
     /// Bytes, at most 8.
     pub len: u8,
+    /// How many elements of `len` bytes: more than one only for INS.
+    pub count: u16,
     /// CS base + RIP of the instruction: if user space moves it elsewhere, the access is void.
     pub linear_rip: u64,
+}
+
+/// Elements that INS has read from a port.
+#[derive(Debug)]
+struct Input {
+    port: u16,
+    size: usize,
+    data: Vec<u8>,
 }
 
 /// The accesses of the instruction in flight.
@@ -59,6 +69,8 @@ pub struct Pending {
 pub struct InFlight {
     done: Vec<Access>,
     cursor: usize,
+    /// What INS has read, for one execution of it.
+    input: Option<Input>,
     /// Asked of user space, not answered yet.
     pub pending: Option<Pending>,
 }
@@ -99,6 +111,39 @@ impl InFlight {
         true
     }
 
+    /// Remembers what INS has read from `port`; `fill` writes it. `false`: no memory.
+    #[must_use]
+    pub fn record_input(
+        &mut self,
+        port: u16,
+        size: usize,
+        count: usize,
+        fill: impl FnOnce(&mut [u8]),
+    ) -> bool {
+        let bytes = size * count;
+        let mut data = Vec::new();
+        if data.try_reserve_exact(bytes).is_err() {
+            return false;
+        }
+        data.resize(bytes, 0);
+        fill(&mut data);
+        self.input = Some(Input { port, size, data });
+        true
+    }
+
+    /// INS has read already: fills `data` and says how many elements there are. More than there is room
+    /// for are lost, as the instruction has changed its mind about how many it wants.
+    pub fn recall_input(&mut self, port: u16, size: usize, data: &mut [u8]) -> Option<usize> {
+        let input = self.input.as_ref()?;
+        if input.port != port || input.size != size {
+            self.input = None;
+            return None;
+        }
+        let n = (data.len() / size).min(input.data.len() / size);
+        data[..n * size].copy_from_slice(&input.data[..n * size]);
+        Some(n)
+    }
+
     /// The instruction is about to be executed again.
     pub fn rewind(&mut self) {
         self.cursor = 0;
@@ -108,6 +153,7 @@ impl InFlight {
     pub fn clear(&mut self) {
         self.done.clear();
         self.cursor = 0;
+        self.input = None;
         self.pending = None;
     }
 }
@@ -142,6 +188,21 @@ mod tests {
         f.rewind();
         assert_eq!(f.recall(Op::In(3), 1).unwrap()[0], 3);
         assert!(f.recall(Op::In(2), 1).is_none());
+    }
+
+    #[test]
+    fn input_of_a_string() {
+        let mut f = InFlight::default();
+        let mut data = [0; 8];
+        assert!(f.recall_input(0x80, 2, &mut data).is_none());
+        assert!(f.record_input(0x80, 2, 3, |d| d.copy_from_slice(&[1, 2, 3, 4, 5, 6])));
+        assert_eq!(f.recall_input(0x80, 2, &mut data), Some(3));
+        assert_eq!(data, [1, 2, 3, 4, 5, 6, 0, 0]);
+        assert_eq!(f.recall_input(0x80, 2, &mut data[..2]), Some(1));
+        assert_eq!(f.recall_input(0x80, 1, &mut data), None);
+        assert!(f.record_input(0x80, 2, 1, |_| {}));
+        f.clear();
+        assert_eq!(f.recall_input(0x80, 2, &mut data), None);
     }
 
     #[test]

@@ -145,6 +145,7 @@ impl VcpuEnv {
         self.inflight.pending = Some(Pending {
             op,
             len: 8,
+            count: 1,
             linear_rip: 0,
         });
         let page = &self.run;

@@ -220,6 +220,15 @@ pub trait Env: PhysMem + HostCpu {
     fn mmio_write(&mut self, gpa: u64, data: &[u8]) -> Result<(), Stop>;
     /// IN: 1, 2 or 4 bytes.
     fn io_in(&mut self, port: u16, data: &mut [u8]) -> Result<(), Stop>;
+    /// INS: fills `data` with as many elements of `size` bytes as one read of the port gives; how many,
+    /// at least 1. `data` has room for one at least.
+    ///
+    /// # Errors
+    /// As [`Env::io_in`].
+    fn io_in_string(&mut self, port: u16, size: usize, data: &mut [u8]) -> Result<usize, Stop> {
+        self.io_in(port, &mut data[..size])?;
+        Ok(1)
+    }
     /// OUT: 1, 2 or 4 bytes.
     fn io_out(&mut self, port: u16, data: &[u8]) -> Result<(), Stop>;
     /// RDMSR, for every index; the ones that live in `cpu` included.

@@ -113,6 +113,9 @@ impl Env for JitEnv<'_> {
     fn io_in(&mut self, port: u16, data: &mut [u8]) -> Result<(), Stop> {
         self.inner.io_in(port, data)
     }
+    fn io_in_string(&mut self, port: u16, size: usize, data: &mut [u8]) -> Result<usize, Stop> {
+        self.inner.io_in_string(port, size, data)
+    }
     fn io_out(&mut self, port: u16, data: &[u8]) -> Result<(), Stop> {
         self.inner.io_out(port, data)
     }

@@ -1,7 +1,7 @@
 //! ioctl, and the end of descriptors.
 
 use crate::real::{fail, real};
-use home_user::process;
+use home_user::process::{self, signals};
 use libc::{c_int, c_uint, c_ulong, c_void, off_t, size_t};
 
 /// The type byte of KVM's ioctls (KVMIO).
@@ -10,11 +10,12 @@ const KVMIO: c_ulong = 0xae;
 /// # Safety
 /// As the C library's.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, arg: *mut c_void) -> c_int {
+pub unsafe extern "C-unwind" fn ioctl(fd: c_int, request: c_ulong, arg: *mut c_void) -> c_int {
     if (request >> 8) & 0xff == KVMIO
         && process::in_use()
         && let Some(answer) = process::ioctl(fd, request as u32, arg as u64)
     {
+        signals::end_if_cancelled();
         return match answer {
             Ok(value) => value as c_int,
             Err(e) => fail(e.0),

@@ -1,7 +1,7 @@
 //! sigaction and its elder relatives.
 
-use crate::real::{Real, fail};
-use home_user::process::signals;
+use crate::real::{Real, fail, real};
+use home_user::process::{self, signals};
 use libc::{c_int, sighandler_t};
 use std::mem::zeroed;
 
@@ -71,3 +71,51 @@ macro_rules! system_v {
     )*};
 }
 system_v!(sysv_signal __sysv_signal);
+
+extern "C" fn nothing(_: *mut libc::c_void) -> *mut libc::c_void {
+    std::ptr::null_mut()
+}
+
+/// The C library installs its handler when somebody is first cancelled: a thread that does nothing, here, so
+/// that ours can be put before it.
+fn prepare_cancellation() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        if signals::catch_cancellation() {
+            return;
+        }
+        let mut thread: libc::pthread_t = 0;
+        // SAFETY: the handle is written before the call returns.
+        let made = unsafe {
+            libc::pthread_create(&mut thread, std::ptr::null(), nothing, std::ptr::null_mut())
+        };
+        if made != 0 {
+            return;
+        }
+        let _: c_int = real!(pthread_cancel(thread): fn(libc::pthread_t) -> c_int);
+        // SAFETY: the handle is valid until here.
+        unsafe { libc::pthread_join(thread, std::ptr::null_mut()) };
+        signals::catch_cancellation();
+    });
+}
+
+/// # Safety
+/// As the C library's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C-unwind" fn pthread_cancel(thread: libc::pthread_t) -> c_int {
+    static CANCEL: Real = Real::new(c"pthread_cancel");
+    if process::in_use() {
+        prepare_cancellation();
+    }
+    match CANCEL.address() {
+        0 => libc::ESRCH,
+        address => {
+            // SAFETY: the address is that of the C library's function, which may unwind when the thread is this.
+            unsafe {
+                let cancel: unsafe extern "C-unwind" fn(libc::pthread_t) -> c_int =
+                    std::mem::transmute(address);
+                cancel(thread)
+            }
+        }
+    }
+}

@@ -62,10 +62,12 @@ pub unsafe fn decode(page: &RunPage) -> VcpuExit<'_> {
     };
     match u32_at(page, run::EXIT_REASON) {
         reason::IO => {
-            let mut head = [0; 4];
+            let mut head = [0; 6];
             page.read(run::EXIT, &mut head);
             let port = u16::from_ne_bytes([head[2], head[3]]);
-            let data = bytes(run::PIO_OFFSET, usize::from(head[1]).min(8));
+            let count = usize::from(u16::from_ne_bytes([head[4], head[5]]));
+            let len = usize::from(head[1]) * count;
+            let data = bytes(run::PIO_OFFSET, len.min(run::MMAP_SIZE - run::PIO_OFFSET));
             if head[0] == run::IO_OUT {
                 VcpuExit::IoOut(port, data)
             } else {

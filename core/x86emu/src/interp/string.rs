@@ -14,6 +14,8 @@ use iced_x86::OpKind;
 
 /// The most iterations of one batch.
 const MAX_BATCH: u64 = 4096;
+/// The most bytes that INS reads at once.
+const MAX_INPUT: usize = 1024;
 
 /// How a string instruction repeats and addresses.
 #[derive(Clone, Copy)]
@@ -325,7 +327,7 @@ impl<E: Env + ?Sized> Step<'_, E> {
         self.string(CMPS)
     }
 
-    /// INS: one element.
+    /// INS: as many elements as one read of the port gives, in one page of RAM; else one.
     pub(super) fn ins(&mut self) -> Result<Flow, Stop> {
         // The port is checked even if the count is zero.
         let port = self.cpu.gpr[gpr::RDX] as u16;
@@ -337,10 +339,28 @@ impl<E: Env + ?Sized> Step<'_, E> {
         // The device must not be read if the store would fault.
         let address = self.address(sreg::ES, offset, shape.size, true)?;
         self.probe_write(address, shape.size)?;
-        let value = self.port_read(port, shape.size)?;
-        self.write_at(address, &value.to_le_bytes()[..shape.size.min(8)])?;
-        self.advance(&shape, STOS, 1);
-        Ok(self.after(&shape, 1, true))
+        let mut want = shape.count.min((MAX_INPUT / shape.size) as u64);
+        if self.traced || self.cpu.dr7 & 0xff != 0 {
+            want = 1;
+        }
+        if want > 1 {
+            (_, want) = self.window(&shape, sreg::ES, gpr::RDI, true, want)?;
+        }
+        let mut data = [0; MAX_INPUT];
+        let room = want.max(1) as usize * shape.size;
+        let n = self.env.io_in_string(port, shape.size, &mut data[..room])?;
+        for (i, element) in data[..room].chunks(shape.size).take(n).enumerate() {
+            let bytes = (i * shape.size) as u64;
+            let at = if shape.down {
+                address.wrapping_sub(bytes)
+            } else {
+                address.wrapping_add(bytes)
+            };
+            self.write_at(at, element)?;
+        }
+        let n = n as u64;
+        self.advance(&shape, STOS, n);
+        Ok(self.after(&shape, n, true))
     }
 
     /// OUTS: one element.

@@ -53,6 +53,8 @@ static REAL: AtomicUsize = AtomicUsize::new(0);
 thread_local! {
     /// Our own code is installing handlers: the program's table is not meant.
     static BYPASS: Cell<bool> = const { Cell::new(false) };
+    /// The signal that cancelled the thread while it was in KVM_RUN.
+    static CANCELLED: Cell<Option<libc::siginfo_t>> = const { Cell::new(None) };
     /// Signals that were put off on this thread, a bit each.
     static DEFERRED: Cell<u64> = const { Cell::new(0) };
 }
@@ -227,6 +229,84 @@ extern "C" fn trampoline(sig: i32, info: *mut libc::siginfo_t, context: *mut lib
     let handler: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) =
         unsafe { std::mem::transmute(handler) };
     handler(sig, info, context);
+}
+
+/// The C library's signal of pthread_cancel.
+const CANCEL: i32 = 32;
+
+/// `struct sigaction` as the kernel has it.
+#[repr(C)]
+struct KernelAction {
+    handler: usize,
+    flags: u64,
+    restorer: usize,
+    mask: u64,
+}
+
+/// Puts a trampoline before the C library's handler of pthread_cancel, once that is installed: a thread in
+/// KVM_RUN must leave the engine before it ends. True when it is in place.
+pub fn catch_cancellation() -> bool {
+    let mut action = KernelAction {
+        handler: 0,
+        flags: 0,
+        restorer: 0,
+        mask: 0,
+    };
+    let trampoline = cancel_trampoline as *const () as usize;
+    // SAFETY: the system call itself, as the C library's function refuses this signal; the structures are
+    // the kernel's and outlive the calls.
+    unsafe {
+        let null = ptr::null_mut::<KernelAction>();
+        if libc::syscall(libc::SYS_rt_sigaction, CANCEL, null, &raw mut action, 8) != 0
+            || !is_function(action.handler)
+        {
+            return false;
+        }
+        if action.handler == trampoline {
+            return true;
+        }
+        ACTIONS[CANCEL as usize]
+            .handler
+            .store(action.handler, Ordering::Release);
+        action.handler = trampoline;
+        libc::syscall(libc::SYS_rt_sigaction, CANCEL, &raw const action, null, 8) == 0
+    }
+}
+
+/// Ends this thread if it was cancelled in KVM_RUN, which is over now. Nothing of the caller's may be left to
+/// be dropped: the C library unwinds the stack.
+pub fn end_if_cancelled() {
+    let Some(mut info) = CANCELLED.take() else {
+        return;
+    };
+    // SAFETY: zeroed is a valid context; who is cancelled asynchronously is so wherever it says.
+    let mut context: libc::ucontext_t = unsafe { zeroed() };
+    cancel(CANCEL, &mut info, (&raw mut context).cast());
+}
+
+/// What the kernel calls in place of the C library's handler.
+extern "C-unwind" fn cancel_trampoline(
+    sig: i32,
+    info: *mut libc::siginfo_t,
+    context: *mut libc::c_void,
+) {
+    if interrupt_current() {
+        // SAFETY: the kernel passes a valid one.
+        CANCELLED.set(Some(unsafe { *info }));
+    } else {
+        cancel(sig, info, context);
+    }
+}
+
+/// The C library's handler, which unwinds the stack.
+fn cancel(sig: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    let handler = ACTIONS[CANCEL as usize].handler.load(Ordering::Acquire);
+    // SAFETY: it is the handler that the C library had installed, of this type.
+    unsafe {
+        let handler: extern "C-unwind" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) =
+            std::mem::transmute(handler);
+        handler(sig, info, context);
+    }
 }
 
 /// Sends the signal to this thread again.
