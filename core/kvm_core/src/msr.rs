@@ -341,6 +341,9 @@ impl VcpuEnv {
             msr::CSTAR => cpu.cstar,
             msr::FMASK => cpu.fmask,
             msr::SYSENTER_CS => cpu.sysenter_cs,
+            // Without SYSENTER in long mode, AMD's processors have no more than 32 bits of these.
+            msr::SYSENTER_ESP if self.features.amd => cpu.sysenter_esp & 0xffff_ffff,
+            msr::SYSENTER_EIP if self.features.amd => cpu.sysenter_eip & 0xffff_ffff,
             msr::SYSENTER_ESP => cpu.sysenter_esp,
             msr::SYSENTER_EIP => cpu.sysenter_eip,
             msr::TSC_AUX if host || self.has_tsc_aux() => cpu.tsc_aux,
@@ -458,8 +461,9 @@ impl VcpuEnv {
             msr::FMASK => cpu.fmask = value & 0xffff_ffff,
             msr::SYSENTER_CS => cpu.sysenter_cs = value & 0xffff_ffff,
             msr::TSC_AUX if host || self.has_tsc_aux() => {
-                ok(value >> 32 == 0)?;
-                cpu.tsc_aux = value;
+                // AMD's processors ignore what Intel's refuse.
+                ok(value >> 32 == 0 || self.features.amd)?;
+                cpu.tsc_aux = value & 0xffff_ffff;
             }
             msr::TSC => self.write_tsc(cpu, value, host),
             msr::TSC_ADJUST => {

@@ -62,6 +62,8 @@ fn other_value(index: u32, old: u64) -> u64 {
         0xce => old | 0xff00,
         0xc001_0015 => 1 << 24 | 1 << 18,
         0xc000_0103 | 0x174 => 0x5a,
+        // 32 bits on AMD's processors.
+        0x175 | 0x176 => 0x1234_5000,
         0xc000_0084 => 0x4700,
         0x9e => 0x7_0000,
         0x8b => 0x77_0000_0000,
