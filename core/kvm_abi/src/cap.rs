@@ -11,6 +11,7 @@ pub mod nr {
     pub const CLOCKSOURCE: u32 = 8;
     pub const NR_VCPUS: u32 = 9;
     pub const NR_MEMSLOTS: u32 = 10;
+    pub const PIT: u32 = 11;
     pub const NOP_IO_DELAY: u32 = 12;
     pub const MP_STATE: u32 = 14;
     pub const COALESCED_MMIO: u32 = 15;
@@ -32,10 +33,13 @@ pub mod nr {
     pub const ADJUST_CLOCK: u32 = 39;
     pub const INTERNAL_ERROR_DATA: u32 = 40;
     pub const VCPU_EVENTS: u32 = 41;
+    pub const PCI_SEGMENT: u32 = 47;
+    pub const INTR_SHADOW: u32 = 49;
     pub const DEBUGREGS: u32 = 50;
     pub const X86_ROBUST_SINGLESTEP: u32 = 51;
     pub const XSAVE: u32 = 55;
     pub const XCRS: u32 = 56;
+    pub const ASYNC_PF: u32 = 59;
     pub const TSC_CONTROL: u32 = 60;
     pub const GET_TSC_KHZ: u32 = 61;
     pub const MAX_VCPUS: u32 = 66;
@@ -47,6 +51,7 @@ pub mod nr {
     pub const IRQFD_RESAMPLE: u32 = 82;
     pub const EXT_EMUL_CPUID: u32 = 95;
     pub const IOAPIC_POLARITY_IGNORED: u32 = 97;
+    pub const ENABLE_CAP_VM: u32 = 98;
     pub const CHECK_EXTENSION_VM: u32 = 105;
     pub const IOEVENTFD_NO_LENGTH: u32 = 111;
     pub const DISABLE_QUIRKS: u32 = 116;
@@ -64,6 +69,8 @@ pub mod nr {
     pub const COALESCED_PIO: u32 = 162;
     pub const EXCEPTION_PAYLOAD: u32 = 164;
     pub const MANUAL_DIRTY_LOG_PROTECT2: u32 = 168;
+    pub const HALT_POLL: u32 = 182;
+    pub const STEAL_TIME: u32 = 187;
     pub const X86_USER_SPACE_MSR: u32 = 188;
     pub const X86_MSR_FILTER: u32 = 189;
     pub const ENFORCE_PV_FEATURE_CPUID: u32 = 190;
@@ -79,6 +86,9 @@ pub mod nr {
     pub const X86_TRIPLE_FAULT_EVENT: u32 = 218;
     pub const DIRTY_LOG_RING_ACQ_REL: u32 = 223;
     pub const USER_MEMORY2: u32 = 231;
+    pub const VM_TYPES: u32 = 235;
+    pub const PRE_FAULT_MEMORY: u32 = 236;
+    pub const X86_APIC_BUS_CYCLES_NS: u32 = 237;
 }
 
 /// Most vCPUs of a VM.
@@ -168,6 +178,19 @@ pub const fn value(cap: u32) -> i32 {
         | nr::EXIT_ON_EMULATION_FAILURE
         | nr::SYS_ATTRIBUTES
         | nr::X86_TRIPLE_FAULT_EVENT
+        | nr::PIT
+        | nr::PCI_SEGMENT
+        | nr::INTR_SHADOW
+        | nr::ASYNC_PF
+        | nr::EXT_EMUL_CPUID
+        | nr::ENABLE_CAP_VM
+        | nr::HALT_POLL
+        | nr::STEAL_TIME
+        | nr::PRE_FAULT_MEMORY
+        // A bit per type of VM: the default one.
+        | nr::VM_TYPES
+        // The default length of a bus cycle.
+        | nr::X86_APIC_BUS_CYCLES_NS
         | nr::IMMEDIATE_EXIT => 1,
         _ => 0,
     }
@@ -176,6 +199,38 @@ pub const fn value(cap: u32) -> i32 {
 #[cfg(test)]
 mod tests {
     use super::nr;
+
+    /// Every capability that is served is in the table of `docs/kvm-api.md` as served, and no other.
+    #[test]
+    fn the_documentation_says_what_is_served() {
+        use std::collections::BTreeSet;
+        use std::string::String;
+        let source = include_str!("cap.rs");
+        let number = |name: &str| -> Option<u32> {
+            let start = std::format!("pub const {name}: u32 = ");
+            let rest = source.split_once(start.as_str())?.1;
+            rest.split_once(';')?.0.parse().ok()
+        };
+        let mut told = BTreeSet::new();
+        for line in include_str!("../../../docs/kvm-api.md").lines() {
+            let mut cells = line.split('|').map(str::trim).skip(1);
+            let Some(name) = cells.next().and_then(|c| c.strip_prefix("KVM_CAP_")) else {
+                continue;
+            };
+            let served = cells.next() == Some("yes");
+            let value = number(name).map_or(0, super::value);
+            assert_eq!(served, value != 0, "KVM_CAP_{name}");
+            if served {
+                told.insert(String::from(name));
+            }
+        }
+        let served = (0..1000).filter(|&n| super::value(n) != 0).count();
+        assert_eq!(
+            served,
+            told.len(),
+            "a capability is served but not in the table"
+        );
+    }
 
     #[test]
     fn numbers_are_the_kernels() {

@@ -130,6 +130,7 @@ abi! {
         datamatch: u64, addr: u64, len: u32, fd: i32, flags: u32, pad: [u8; 36],
     }
     struct kvm_enable_cap { cap: u32, flags: u32, args: [u64; 4], pad: [u8; 64], }
+    struct kvm_pre_fault_memory { gpa: u64, size: u64, flags: u64, padding: [u64; 5], }
     struct kvm_dirty_log { slot: u32, padding1: u32, dirty_bitmap: u64, }
     struct kvm_clear_dirty_log { slot: u32, num_pages: u32, first_page: u64, dirty_bitmap: u64, }
     struct kvm_pit_config { flags: u32, pad: [u32; 15], }

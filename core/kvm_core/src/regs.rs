@@ -3,12 +3,14 @@
 use crate::cpuid::{Cpuid, supported_xcr0};
 use crate::vcpu::{Vcpu, request};
 use alloc::vec::Vec;
+use guestmem::PAGE_SIZE;
 use kvm_abi::{
     Errno, kvm_cpuid_entry, kvm_cpuid_entry2, kvm_debugregs, kvm_dtable, kvm_fpu, kvm_lapic_state,
-    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs, kvm_sregs2, kvm_translation,
-    kvm_xcr, kvm_xcrs, kvm_xsave, mp_state,
+    kvm_mp_state, kvm_msr_entry, kvm_pre_fault_memory, kvm_regs, kvm_segment, kvm_sregs,
+    kvm_sregs2, kvm_translation, kvm_xcr, kvm_xcrs, kvm_xsave, mp_state,
 };
 use x86defs::{cr0, cr4, dr, efer, rflags};
+use x86emu::env::PhysMem;
 use x86emu::state::{CpuState, DescriptorTable, Segment, XSAVE_SIZE, gpr, sreg};
 use x86emu::{control, paging};
 
@@ -666,6 +668,38 @@ impl Vcpu {
             writeable: 1,
             ..Default::default()
         }
+    }
+
+    /// KVM_PRE_FAULT_MEMORY: brings guest memory in, page by page; `range` becomes what is left.
+    ///
+    /// # Errors
+    /// EINVAL; ENOENT where there is no memslot, EFAULT where the host has no memory, if that is at once so.
+    pub fn pre_fault(&mut self, range: &mut kvm_pre_fault_memory) -> Result<(), Errno> {
+        let aligned = (range.gpa | range.size).is_multiple_of(PAGE_SIZE);
+        let ends = range.gpa.checked_add(range.size);
+        if range.flags != 0 || !aligned || ends.is_none_or(|end| end <= range.gpa) {
+            return Err(Errno::EINVAL);
+        }
+        let mut done = false;
+        while range.size != 0 {
+            if self.kick_pending() {
+                return if done { Ok(()) } else { Err(Errno::EINTR) };
+            }
+            self.env.host_fault = false;
+            let page = self.env.host_ptr(range.gpa, 1, false);
+            if page.is_none() {
+                let fault = core::mem::take(&mut self.env.host_fault);
+                return match (done, fault) {
+                    (true, _) => Ok(()),
+                    (false, true) => Err(Errno::EFAULT),
+                    (false, false) => Err(Errno::ENOENT),
+                };
+            }
+            range.gpa += PAGE_SIZE;
+            range.size -= PAGE_SIZE;
+            done = true;
+        }
+        Ok(())
     }
 
     // Time.

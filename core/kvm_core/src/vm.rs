@@ -88,6 +88,8 @@ pub struct Vm {
     max_vcpu_ids: AtomicU32,
     /// Bytes of a dirty ring; 0: the VM has dirty logs.
     dirty_ring_bytes: AtomicU32,
+    /// What a local APIC's timer counts.
+    apic_bus_cycle_ns: AtomicU32,
     /// What KVM_SET_NR_MMU_PAGES was last given.
     mmu_pages: AtomicU32,
     coalesced: Mutex<Coalesced>,
@@ -124,6 +126,7 @@ impl Vm {
             boot_vcpu: AtomicU32::new(0),
             max_vcpu_ids: AtomicU32::new(0),
             dirty_ring_bytes: AtomicU32::new(0),
+            apic_bus_cycle_ns: AtomicU32::new(1),
             mmu_pages: AtomicU32::new(0),
             coalesced: Mutex::default(),
             stats: VmStats::default(),
@@ -450,6 +453,7 @@ impl Vm {
         let lapic = self.irqchip_in_kernel().then(|| {
             let mut config = LapicConfig::new(id, bsp);
             config.max_phys_addr = self.max_gpa.trailing_zeros() as u8;
+            config.bus_cycle_ns = self.apic_bus_cycle_ns.load(Ordering::Relaxed);
             config
         });
         let shared = Arc::new(VcpuShared::new(
@@ -609,6 +613,28 @@ impl Vm {
         if let Some(chipset) = chipset.as_mut() {
             chipset.addressing = self.addressing();
         }
+        Ok(())
+    }
+
+    /// KVM_CAP_X86_APIC_BUS_CYCLES_NS: the length of a bus cycle, which local APIC timers count.
+    ///
+    /// # Errors
+    /// EINVAL for 0, for a length whose longest time would not fit, and when there are vCPUs already; ENXIO
+    /// without an irqchip.
+    pub fn set_apic_bus_cycle(&self, ns: u64) -> Result<(), Errno> {
+        /// The largest count times the largest divisor.
+        const MAX_CYCLES: u64 = u32::MAX as u64 * 128;
+        let ns = u32::try_from(ns).map_err(|_| Errno::EINVAL)?;
+        if ns == 0 || MAX_CYCLES.checked_mul(ns.into()).is_none() {
+            return Err(Errno::EINVAL);
+        }
+        if !self.irqchip_in_kernel() {
+            return Err(Errno::ENXIO);
+        }
+        if !self.vcpus().is_empty() {
+            return Err(Errno::EINVAL);
+        }
+        self.apic_bus_cycle_ns.store(ns, Ordering::Relaxed);
         Ok(())
     }
 

@@ -36,6 +36,9 @@ pub(super) fn enable_on_vm(vm: &Arc<Vm>, c: &kvm_enable_cap) -> Answer {
         }
         cap::nr::SPLIT_IRQCHIP => vm.enable_split_irqchip(c.args[0])?,
         cap::nr::X2APIC_API => vm.enable_x2apic_api(c.args[0])?,
+        // Halted vCPUs never poll, which is less than any limit allows.
+        cap::nr::HALT_POLL => {}
+        cap::nr::X86_APIC_BUS_CYCLES_NS => vm.set_apic_bus_cycle(c.args[0])?,
         cap::nr::MAX_VCPU_ID => vm.set_max_vcpu_ids(c.args[0])?,
         _ => return Err(Errno::EINVAL),
     }

@@ -80,6 +80,12 @@ pub fn call(vcpu: &mut Vcpu, file: &dyn VcpuFile, cmd: u32, arg: u64) -> Answer 
         KVM_KVMCLOCK_CTRL => vcpu.kvmclock_ctrl()?,
         KVM_GET_STATS_FD => return file.stats_fd(),
         KVM_SET_SIGNAL_MASK => signal_mask(file, arg)?,
+        KVM_PRE_FAULT_MEMORY => {
+            let mut range: kvm_abi::kvm_pre_fault_memory = get(file, arg)?;
+            let result = vcpu.pre_fault(&mut range);
+            put(file, arg, &range)?;
+            result?;
+        }
         KVM_SET_VAPIC_ADDR => {
             // 0: no shadow of the task priority in guest memory, which is how it always is here.
             let addr: u64 = get(file, arg)?;
