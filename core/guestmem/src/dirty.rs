@@ -8,19 +8,26 @@ use core::sync::atomic::{AtomicU64, Ordering};
 #[derive(Debug)]
 pub struct DirtyLog {
     words: Box<[AtomicU64]>,
+    /// Pages that have been used since the slot was made; `None`: the slot is older than its log.
+    used: Option<Box<[AtomicU64]>>,
     pages: u64,
+}
+
+fn bitmap(pages: u64) -> Option<Box<[AtomicU64]>> {
+    let count = usize::try_from(pages.div_ceil(64)).ok()?;
+    let mut words = Vec::new();
+    words.try_reserve_exact(count).ok()?;
+    words.resize_with(count, || AtomicU64::new(0));
+    Some(words.into_boxed_slice())
 }
 
 impl DirtyLog {
     /// A log for `pages` pages, all clean (or all dirty, as KVM_DIRTY_LOG_INITIALLY_SET wants it).
     /// `None`: no memory.
     pub fn new(pages: u64, all_dirty: bool) -> Option<Self> {
-        let count = usize::try_from(pages.div_ceil(64)).ok()?;
-        let mut words = Vec::new();
-        words.try_reserve_exact(count).ok()?;
-        words.resize_with(count, || AtomicU64::new(0));
         let log = DirtyLog {
-            words: words.into_boxed_slice(),
+            words: bitmap(pages)?,
+            used: None,
             pages,
         };
         if all_dirty {
@@ -29,6 +36,16 @@ impl DirtyLog {
             }
         }
         Some(log)
+    }
+
+    /// The log of a slot that is logged from its beginning: a page's first use marks it dirty whatever the
+    /// use, as with KVM, which maps a page writable at once and takes it for dirty then.
+    /// `None`: no memory.
+    pub fn of_new_slot(pages: u64, all_dirty: bool) -> Option<Self> {
+        Some(DirtyLog {
+            used: Some(bitmap(pages)?),
+            ..Self::new(pages, all_dirty)?
+        })
     }
 
     fn valid(&self, word: usize) -> u64 {
@@ -57,7 +74,34 @@ impl DirtyLog {
         let bit = 1 << (page % 64);
         // A plain load first: most writes hit pages that are dirty already, and an atomic
         // read-modify-write would bounce the cache line between vCPUs.
-        word.load(Ordering::Relaxed) & bit == 0 && word.fetch_or(bit, Ordering::AcqRel) & bit == 0
+        if word.load(Ordering::Relaxed) & bit != 0
+            || word.fetch_or(bit, Ordering::AcqRel) & bit != 0
+        {
+            return false;
+        }
+        if let Some(used) = self.used.as_ref().and_then(|u| u.get((page / 64) as usize)) {
+            used.fetch_or(bit, Ordering::Relaxed);
+        }
+        true
+    }
+
+    /// Marks the pages that `len` bytes at byte `offset` touch and that nobody has used before; `newly` as
+    /// in [`Self::mark_range`].
+    pub fn use_range(&self, offset: u64, len: u64, mut newly: impl FnMut(u64)) {
+        let Some(used) = &self.used else {
+            return;
+        };
+        let last = offset.saturating_add(len.saturating_sub(1)) / crate::PAGE_SIZE;
+        for page in offset / crate::PAGE_SIZE..=last.min(self.pages) {
+            let bit = 1 << (page % 64);
+            if used
+                .get((page / 64) as usize)
+                .is_some_and(|word| word.load(Ordering::Relaxed) & bit == 0)
+                && self.mark(page)
+            {
+                newly(page);
+            }
+        }
     }
 
     /// Marks the pages that `len` bytes at byte `offset` touch; `newly` gets those that were clean.
@@ -145,6 +189,22 @@ mod tests {
         assert_eq!(out, vec![0, 0, 0]);
         log.mark(64);
         assert!(log.unmark(64) && !log.unmark(64) && !log.unmark(500));
+    }
+
+    #[test]
+    fn first_use_is_dirty_in_a_new_slot() {
+        let log = DirtyLog::of_new_slot(100, false).unwrap();
+        let mut newly = Vec::new();
+        log.use_range(4096 * 70 + 4000, 200, |page| newly.push(page));
+        assert!(log.mark(3));
+        let mut out = Vec::new();
+        assert!(log.fetch(&mut out, true));
+        assert_eq!(out, [1 << 3, 0b11 << 6]);
+        log.use_range(4096 * 70, 8192, |page| newly.push(page));
+        log.use_range(4096 * 3, 4096, |page| newly.push(page));
+        assert_eq!(newly, [70, 71]);
+        let older = DirtyLog::new(100, false).unwrap();
+        older.use_range(0, 4096, |_| panic!("older than its log"));
     }
 
     #[test]

@@ -130,7 +130,8 @@ impl MemView {
     }
 
     /// A host pointer to `len` bytes at `gpa`, if one slot holds them all and, for `write`, is
-    /// writable; `write` marks them dirty.
+    /// writable; `write` marks them dirty, and so does the first use of a page of a slot that is logged from
+    /// its beginning.
     pub fn host_ptr(&self, gpa: u64, len: usize, write: bool, hint: &SlotHint) -> Option<*mut u8> {
         self.host_ptr_telling(gpa, len, write, hint, |_, _| {})
     }
@@ -149,8 +150,12 @@ impl MemView {
         if slot.size - offset < len as u64 || (write && slot.read_only()) {
             return None;
         }
-        if write && let Some(log) = &slot.dirty {
-            log.mark_range(offset, len as u64, |page| newly(slot.id, page));
+        if let Some(log) = &slot.dirty {
+            let newly = |page| newly(slot.id, page);
+            match write {
+                true => log.mark_range(offset, len as u64, newly),
+                false => log.use_range(offset, len as u64, newly),
+            }
         }
         Some(core::ptr::with_exposed_provenance_mut(
             (slot.hva + offset) as usize,
@@ -226,9 +231,12 @@ impl MemView {
         } else if let Some(log) = old_slot.and_then(|s| s.dirty.clone()) {
             Some(log)
         } else {
+            let make = match change {
+                Change::Create => DirtyLog::of_new_slot,
+                _ => DirtyLog::new,
+            };
             Some(Arc::new(
-                DirtyLog::new(region.size / PAGE_SIZE, log_all_set)
-                    .ok_or(RegionError::OutOfMemory)?,
+                make(region.size / PAGE_SIZE, log_all_set).ok_or(RegionError::OutOfMemory)?,
             ))
         };
         let mut view = self.copy(1)?;

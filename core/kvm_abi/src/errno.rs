@@ -11,11 +11,13 @@ impl Errno {
     pub const EIO: Errno = Errno(5);
     pub const ENXIO: Errno = Errno(6);
     pub const E2BIG: Errno = Errno(7);
+    pub const EBADF: Errno = Errno(9);
     pub const EAGAIN: Errno = Errno(11);
     pub const ENOMEM: Errno = Errno(12);
     pub const EFAULT: Errno = Errno(14);
     pub const EBUSY: Errno = Errno(16);
     pub const EEXIST: Errno = Errno(17);
+    pub const ENODEV: Errno = Errno(19);
     pub const EINVAL: Errno = Errno(22);
     pub const ENOTTY: Errno = Errno(25);
     pub const ENOSPC: Errno = Errno(28);
@@ -30,11 +32,13 @@ impl Errno {
             Self::EIO => "EIO",
             Self::ENXIO => "ENXIO",
             Self::E2BIG => "E2BIG",
+            Self::EBADF => "EBADF",
             Self::EAGAIN => "EAGAIN",
             Self::ENOMEM => "ENOMEM",
             Self::EFAULT => "EFAULT",
             Self::EBUSY => "EBUSY",
             Self::EEXIST => "EEXIST",
+            Self::ENODEV => "ENODEV",
             Self::EINVAL => "EINVAL",
             Self::ENOTTY => "ENOTTY",
             Self::ENOSPC => "ENOSPC",

@@ -103,6 +103,8 @@ pub const KVM_SET_XCRS: u32 = 0x4188_aea7;
 pub const KVM_KVMCLOCK_CTRL: u32 = 0x0000_aead;
 pub const KVM_PRE_FAULT_MEMORY: u32 = 0xc040_aed5;
 pub const KVM_SMI: u32 = 0x0000_aeb7;
+pub const KVM_GET_NESTED_STATE: u32 = 0xc080_aebe;
+pub const KVM_SET_NESTED_STATE: u32 = 0x4080_aebf;
 pub const KVM_GET_TSC_KHZ: u32 = 0x0000_aea3;
 pub const KVM_SET_TSC_KHZ: u32 = 0x0000_aea2;
 pub const KVM_ENABLE_CAP: u32 = 0x4068_aea3;
@@ -144,6 +146,7 @@ mod tests {
             KVM_GET_DEVICE_ATTR kvm_device_attr KVM_ENABLE_CAP kvm_enable_cap KVM_GET_MSRS list_head
             KVM_SET_MSRS list_head KVM_GET_CPUID2 list_head KVM_SET_CPUID2 list_head
             KVM_SET_GSI_ROUTING list_head KVM_PRE_FAULT_MEMORY kvm_pre_fault_memory KVM_SET_USER_MEMORY_REGION2 kvm_userspace_memory_region2
+            KVM_GET_NESTED_STATE kvm_nested_state KVM_SET_NESTED_STATE kvm_nested_state
             KVM_GET_PIT kvm_pit_state KVM_REGISTER_COALESCED_MMIO kvm_coalesced_mmio_zone
         }
     }

@@ -103,6 +103,8 @@ abi! {
         linear_address: u64, physical_address: u64, valid: u8, writeable: u8, usermode: u8,
         pad: [u8; 5],
     }
+    /// `kvm_nested_state` without its data; its union as words. VMX: VMXON region, current VMCS.
+    struct kvm_nested_state { flags: u16, format: u16, size: u32, hdr: [u64; 15], }
     struct kvm_guest_debug_arch { debugreg: [u64; 8], }
     struct kvm_guest_debug { control: u32, pad: u32, arch: kvm_guest_debug_arch, }
     /// `kvm_irq_routing_entry` with its union as words: irqchip and pin in the halves of the first, or
@@ -163,6 +165,22 @@ abi! {
 }
 
 /// KVM_X86_QUIRK_*: `args[0]` of KVM_CAP_DISABLE_QUIRKS and KVM_CAP_DISABLE_QUIRKS2.
+pub mod nested_state {
+    pub const FORMAT_VMX: u16 = 0;
+    pub const FORMAT_SVM: u16 = 1;
+    pub const GIF_SET: u16 = 1 << 8;
+}
+
+/// Kinds of devices, and what a VFIO device is told.
+pub mod device {
+    pub const TYPE_VFIO: u32 = 4;
+    /// Only asks whether the kind is there.
+    pub const CREATE_TEST: u32 = 1;
+    pub const VFIO_FILE: u32 = 1;
+    pub const VFIO_FILE_ADD: u64 = 1;
+    pub const VFIO_FILE_DEL: u64 = 2;
+}
+
 pub mod quirk {
     pub const LINT0_REENABLED: u64 = 1;
     pub const CD_NW_CLEARED: u64 = 2;

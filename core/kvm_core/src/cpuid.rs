@@ -161,6 +161,22 @@ pub fn supported(host: &dyn Host) -> Vec<kvm_cpuid_entry2> {
     b.entries
 }
 
+/// Features that a guest can have whatever the host has: the answer of KVM_GET_EMULATED_CPUID.
+pub fn emulated() -> [kvm_cpuid_entry2; 3] {
+    let leaf = |function, eax, ecx, flags| kvm_cpuid_entry2 {
+        function,
+        flags,
+        eax,
+        ecx,
+        ..Default::default()
+    };
+    [
+        leaf(0, 7, 0, 0),
+        leaf(1, 0, 0, 0),
+        leaf(7, 0, leaf7_ecx::RDPID, KVM_CPUID_FLAG_SIGNIFCANT_INDEX),
+    ]
+}
+
 /// The part of the host's XCR0 that guests may have.
 pub fn supported_xcr0(host: &dyn Host) -> u64 {
     let mut bits = host.xcr0() & XCR0_SERVED;

@@ -28,6 +28,7 @@ pub mod mce;
 mod memory;
 pub mod msr;
 pub mod msr_filter;
+mod nested;
 mod paravirt;
 mod regs;
 mod run;

@@ -228,6 +228,7 @@ pub const FEATURE_LIST: &[u32] = &[
     msr::BIOS_SIGN_ID,
     msr::PLATFORM_INFO,
     msr::AMD_DE_CFG,
+    msr::PERF_CAPABILITIES,
 ];
 
 /// A feature MSR's value (KVM_GET_MSRS on the system).
@@ -238,6 +239,8 @@ pub fn feature(index: u32, vendor: Vendor) -> Option<u64> {
         msr::BIOS_SIGN_ID => msrs.microcode,
         msr::PLATFORM_INFO => msrs.platform_info,
         msr::AMD_DE_CFG => msr::AMD_DE_CFG_LFENCE,
+        // No performance counters.
+        msr::PERF_CAPABILITIES => 0,
         _ => return None,
     })
 }
@@ -365,6 +368,7 @@ impl VcpuEnv {
             msr::POWER_CTL => m.power_ctl,
             msr::ARCH_CAPABILITIES if host || self.has_arch_capabilities() => m.arch_capabilities,
             msr::SPEC_CTRL if host || self.has_spec_ctrl() => m.spec_ctrl,
+            msr::PERF_CAPABILITIES if host => 0,
             msr::BIOS_SIGN_ID => m.microcode,
             msr::SMBASE if host => m.smbase,
             msr::SMI_COUNT => m.smi_count,
@@ -529,6 +533,7 @@ impl VcpuEnv {
                 ok(host)?;
                 self.msrs.arch_capabilities = value;
             }
+            msr::PERF_CAPABILITIES => ok(host && value == 0)?,
             msr::SPEC_CTRL if host || self.has_spec_ctrl() => {
                 ok(value & !0x7 == 0)?;
                 self.msrs.spec_ctrl = value;

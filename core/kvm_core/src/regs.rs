@@ -658,13 +658,18 @@ impl Vcpu {
         Ok(())
     }
 
-    /// KVM_TRANSLATE.
+    /// KVM_TRANSLATE. Without paging the address is its own translation as a whole, of which KVM takes all
+    /// ones for none.
     pub fn translate(&mut self, linear: u64) -> kvm_translation {
-        let mapping = paging::peek(self.engine.cpu_ref(), &mut self.env, linear);
+        let gpa = if self.engine.cpu_ref().cr0 & cr0::PG != 0 {
+            paging::peek(self.engine.cpu_ref(), &mut self.env, linear).map_or(u64::MAX, |m| m.gpa)
+        } else {
+            linear
+        };
         kvm_translation {
             linear_address: linear,
-            physical_address: mapping.as_ref().map_or(u64::MAX, |m| m.gpa),
-            valid: u8::from(mapping.is_some()),
+            physical_address: gpa,
+            valid: u8::from(gpa != u64::MAX),
             writeable: 1,
             ..Default::default()
         }

@@ -20,6 +20,7 @@ pub const FSB_FREQ: u32 = 0xcd;
 pub const PLATFORM_INFO: u32 = 0xce;
 pub const MTRRCAP: u32 = 0xfe;
 pub const ARCH_CAPABILITIES: u32 = 0x10a;
+pub const PERF_CAPABILITIES: u32 = 0x345;
 pub const FLUSH_CMD: u32 = 0x10b;
 pub const BBL_CR_CTL3: u32 = 0x11e;
 pub const MISC_FEATURES_ENABLES: u32 = 0x140;

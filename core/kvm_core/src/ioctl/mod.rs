@@ -2,10 +2,11 @@
 //! operations hand over.
 //!
 //! Each kind of descriptor has a function: [`system`](system::call) for `/dev/kvm`, [`vm`](vm::call),
-//! [`vcpu`](vcpu::call). Arguments are copied once from the caller's memory, checked, and the copy is used.
+//! [`vcpu`](vcpu::call), [`device`](device::call). Arguments are copied once from the caller's memory, checked, and the copy is used.
 //! What a descriptor is, and whose memory an address means, the home says through the traits here.
 
 mod caps;
+pub mod device;
 pub mod system;
 pub mod vcpu;
 pub mod vm;
@@ -75,6 +76,12 @@ pub trait VmFile: Caller {
     /// # Errors
     /// EBADF, EINVAL.
     fn deassign_irqfd(&self, irqfd: &kvm_irqfd) -> Result<(), Errno>;
+
+    /// Makes a VFIO device and a descriptor for it.
+    ///
+    /// # Errors
+    /// EBUSY when the VM has one; EMFILE, ENOMEM.
+    fn create_vfio(&self) -> Answer;
 
     /// A descriptor that reads binary statistics (KVM_GET_STATS_FD).
     ///

@@ -33,13 +33,7 @@ pub fn call(file: &dyn SystemFile, cmd: u32, arg: u64) -> Answer {
         KVM_GET_MSR_INDEX_LIST => msr_list(file, arg, msr::INDEX_LIST),
         KVM_GET_MSR_FEATURE_INDEX_LIST => msr_list(file, arg, msr::FEATURE_LIST),
         KVM_GET_SUPPORTED_CPUID => cpuid_out(file, arg, &cpuid::supported(file.host())),
-        KVM_GET_EMULATED_CPUID => {
-            let head: list_head = get(file, arg)?;
-            if head.n == 0 {
-                return Err(Errno::E2BIG);
-            }
-            cpuid_out(file, arg, &[])
-        }
+        KVM_GET_EMULATED_CPUID => cpuid_out(file, arg, &cpuid::emulated()),
         KVM_GET_MSRS => {
             let vendor = cpuid::vendor(file.host().cpuid(0, 0));
             get_msrs(file, arg, |entries| {

@@ -3,9 +3,11 @@
 use super::system::{cpuid_in, cpuid_out, get_msrs, msrs_in};
 use super::{Answer, VcpuFile, behind, caps, get, get_list, no_argument, put};
 use crate::vcpu::Vcpu;
+use core::mem::offset_of;
 use kvm_abi::ioctl::*;
 use kvm_abi::{
-    Errno, KVM_MAX_CPUID_ENTRIES, kvm_device_attr, kvm_enable_cap, kvm_xsave, list_head,
+    Errno, KVM_MAX_CPUID_ENTRIES, kvm_device_attr, kvm_enable_cap, kvm_nested_state, kvm_xsave,
+    list_head,
 };
 
 /// Answers an ioctl on a vCPU's descriptor; KVM_RUN too.
@@ -76,8 +78,14 @@ pub fn call(vcpu: &mut Vcpu, file: &dyn VcpuFile, cmd: u32, arg: u64) -> Answer 
             return put(file, arg, &vcpu.translate(asked.linear_address));
         }
         KVM_GET_TSC_KHZ => return Ok(vcpu.tsc_khz().into()),
-        KVM_SET_TSC_KHZ => vcpu.set_tsc_khz(u32::try_from(arg).map_err(|_| Errno::EINVAL)?)?,
+        KVM_SET_TSC_KHZ => match u32::try_from(arg) {
+            // 0 asks for the default where there is TSC scaling, of which there is none.
+            Ok(0) | Err(_) => return Err(Errno::EINVAL),
+            Ok(khz) => vcpu.set_tsc_khz(khz)?,
+        },
         KVM_KVMCLOCK_CTRL => vcpu.kvmclock_ctrl()?,
+        KVM_GET_NESTED_STATE => return get_nested_state(vcpu, file, arg),
+        KVM_SET_NESTED_STATE => vcpu.set_nested_state(&get(file, arg)?)?,
         KVM_GET_STATS_FD => return file.stats_fd(),
         KVM_SET_SIGNAL_MASK => signal_mask(file, arg)?,
         KVM_PRE_FAULT_MEMORY => {
@@ -99,6 +107,21 @@ pub fn call(vcpu: &mut Vcpu, file: &dyn VcpuFile, cmd: u32, arg: u64) -> Answer 
         _ => return Err(Errno::EINVAL),
     }
     Ok(0)
+}
+
+/// KVM_GET_NESTED_STATE: E2BIG with the size that is needed where the caller has less room.
+fn get_nested_state(vcpu: &Vcpu, file: &dyn VcpuFile, arg: u64) -> Answer {
+    let room: u32 = get(file, behind(arg, offset_of!(kvm_nested_state, size))?)?;
+    let state = vcpu.nested_state();
+    if room < state.size {
+        put(
+            file,
+            behind(arg, offset_of!(kvm_nested_state, size))?,
+            &state.size,
+        )?;
+        return Err(Errno::E2BIG);
+    }
+    put(file, arg, &state)
 }
 
 /// `kvm_signal_mask`: a length, and that many bytes; a null pointer for none.

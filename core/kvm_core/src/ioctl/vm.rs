@@ -8,7 +8,7 @@ use guestmem::Region;
 use kvm_abi::ioctl::*;
 use kvm_abi::kvm_userspace_memory_region2;
 use kvm_abi::{
-    Errno, ioeventfd_flag, irqchip, irqfd_flag, kvm_clear_dirty_log, kvm_clock_data,
+    Errno, device, ioeventfd_flag, irqchip, irqfd_flag, kvm_clear_dirty_log, kvm_clock_data,
     kvm_coalesced_mmio_zone, kvm_create_device, kvm_dirty_log, kvm_enable_cap, kvm_ioapic_state,
     kvm_ioeventfd, kvm_irq_level, kvm_irq_routing_entry, kvm_irqchip, kvm_irqfd, kvm_msi,
     kvm_msr_filter, kvm_pic_state, kvm_pit_config, kvm_pit_state, kvm_pit_state2,
@@ -195,9 +195,15 @@ pub fn call(file: &dyn VmFile, cmd: u32, arg: u64) -> Answer {
 
         KVM_GET_STATS_FD => file.stats_fd(),
         KVM_CREATE_DEVICE => {
-            // x86 has one kind, VFIO's, and there is no VFIO here.
-            let _: kvm_create_device = get(file, arg)?;
-            Err(Errno(19))
+            let mut asked: kvm_create_device = get(file, arg)?;
+            if asked.type_ != device::TYPE_VFIO {
+                return Err(Errno::ENODEV);
+            }
+            if asked.flags & device::CREATE_TEST == 0 {
+                asked.fd = file.create_vfio()? as u32;
+                put(file, arg, &asked)?;
+            }
+            Ok(0)
         }
         _ => Err(Errno::ENOTTY),
     }

@@ -11,6 +11,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 pub const SYSTEM: &CStr = c"anykvm";
 pub const VM: &CStr = c"anykvm-vm";
 pub const VCPU: &CStr = c"anykvm-vcpu";
+pub const VFIO: &CStr = c"anykvm-vfio";
 pub const STATS: &CStr = c"anykvm-stats";
 
 /// An inode, for as long as it is open.
@@ -124,12 +125,25 @@ pub fn keep_on_exec(fd: &OwnedFd) {
     unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, 0) };
 }
 
+/// What identifies the VFIO group or device behind a descriptor.
+///
+/// # Errors
+/// EBADF; EINVAL when it is none of VFIO's.
+pub fn vfio(fd: RawFd) -> Result<u128, Errno> {
+    let id = id_of(fd).ok_or(Errno::EBADF)?;
+    let target = std::fs::read_link(format!("/proc/self/fd/{fd}")).map_err(|_| Errno::EINVAL)?;
+    if !target.starts_with("/dev/vfio") {
+        return Err(Errno::EINVAL);
+    }
+    Ok(u128::from(id.dev) << 64 | u128::from(id.ino))
+}
+
 /// What kind of memfd a descriptor is by its name, for those that this process did not make.
 pub fn named(fd: RawFd) -> Option<&'static CStr> {
     let target = std::fs::read_link(format!("/proc/self/fd/{fd}")).ok()?;
     let name = target.to_str()?.strip_prefix("/memfd:")?;
     let name = name.strip_suffix(" (deleted)").unwrap_or(name);
-    [SYSTEM, VM, VCPU]
+    [SYSTEM, VM, VCPU, VFIO]
         .into_iter()
         .find(|n| n.to_bytes() == name.as_bytes())
 }

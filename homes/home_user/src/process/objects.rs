@@ -14,11 +14,12 @@ use crate::vm::Vm;
 use kvm_abi::ioctl::KVM_RUN;
 use kvm_abi::{Errno, irqfd_flag, kvm_irqfd, run};
 use kvm_core::host::{Event, Host};
+use kvm_core::ioctl::device::{DeviceFile, Vfio};
 use kvm_core::ioctl::{self, Answer, Caller, SystemFile, VcpuFile, VmFile};
 use kvm_core::shared_memory::SharedMemory;
 use kvm_core::stats::StatsImage;
 use std::os::fd::{BorrowedFd, IntoRawFd, RawFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 /// A KVM object.
 pub enum Object {
@@ -28,6 +29,8 @@ pub enum Object {
     Vm(VmObject),
     /// A vCPU.
     Vcpu(Box<VcpuObject>),
+    /// A VFIO device.
+    Vfio(VfioObject),
 }
 
 impl Object {
@@ -37,6 +40,7 @@ impl Object {
             Object::System => ioctl::system::call(&SystemObject, cmd, arg),
             Object::Vm(vm) => ioctl::vm::call(vm, cmd, arg),
             Object::Vcpu(vcpu) => vcpu.ioctl(cmd, arg),
+            Object::Vfio(device) => ioctl::device::call(device, cmd, arg),
         }
     }
 
@@ -65,7 +69,7 @@ macro_rules! own_memory {
         })*
     };
 }
-own_memory!(SystemObject VmObject VcpuObject);
+own_memory!(SystemObject VmObject VcpuObject VfioObject);
 
 struct SystemObject;
 
@@ -87,6 +91,7 @@ impl SystemFile for SystemObject {
             vm,
             coalesced,
             stats: StatsFile::default(),
+            vfio: Mutex::default(),
         });
         let file = KvmFile::new(files::VM, 0)?;
         let fd = table::publish(file, Object::Vm(VmObject(vm.clone())))?;
@@ -102,6 +107,7 @@ struct VmState {
     vm: Vm,
     coalesced: CoalescedPage,
     stats: StatsFile,
+    vfio: Mutex<Weak<Vfio>>,
 }
 
 /// A VM.
@@ -168,9 +174,41 @@ impl VmFile for VmObject {
         self.0.vm.unregister_irqfd(&fd, irqfd.gsi)
     }
 
+    fn create_vfio(&self) -> Answer {
+        let mut last = self.0.vfio.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.strong_count() != 0 {
+            return Err(Errno::EBUSY);
+        }
+        let device = Arc::new(Vfio::default());
+        *last = Arc::downgrade(&device);
+        let object = VfioObject {
+            device,
+            _vm: self.0.clone(),
+        };
+        let fd = table::publish(KvmFile::new(files::VFIO, 0)?, Object::Vfio(object))?;
+        Ok(fd.into_raw_fd() as u64)
+    }
+
     fn stats_fd(&self) -> Answer {
         let image = StatsImage::of_vm(self.0.vm.core(), std::process::id());
         self.0.stats.open(&image)
+    }
+}
+
+/// A VFIO device.
+pub struct VfioObject {
+    device: Arc<Vfio>,
+    /// A device keeps its VM.
+    _vm: Arc<VmState>,
+}
+
+impl DeviceFile for VfioObject {
+    fn vfio(&self) -> &Vfio {
+        &self.device
+    }
+
+    fn vfio_file(&self, fd: i32) -> Result<u128, Errno> {
+        files::vfio(fd)
     }
 }
 
