@@ -467,7 +467,7 @@ impl PhysMem for VcpuEnv {
             (&mut self.memory, &self.vm.memory)
         };
         let p = reader.host_ptr(memory, gpa, len, write);
-        if p.is_none() && reader.faults(memory, gpa, write) {
+        if p.is_none() && reader.faults(gpa, write) {
             // An access stops at `check_host_memory`. A page walk cannot say so; it goes on without
             // the page, and the run loop ends it.
             self.host_fault = true;

@@ -77,9 +77,9 @@ impl Reader {
     }
 
     /// The slot that holds `gpa`, as host memory that is not there any more or (`write`) not writable:
-    /// why [`Self::host_ptr`] gives no pointer.
-    pub fn faults(&mut self, memory: &Memory, gpa: u64, write: bool) -> bool {
-        self.renew(memory);
+    /// why [`Self::host_ptr`] gave no pointer. Asks the slots that were looked at then: others may be there by
+    /// now.
+    pub fn faults(&self, gpa: u64, write: bool) -> bool {
         self.view
             .find(gpa, &self.hint)
             .is_some_and(|slot| !(write && slot.read_only()))

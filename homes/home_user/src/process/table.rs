@@ -188,6 +188,14 @@ impl Table {
 
 /// Forgets descriptors that have been closed, and drops objects that have none left.
 pub fn closed(first: RawFd, last: RawFd) {
+    // Most are the program's own, closed by many threads: those do not wait for each other.
+    let known = read().as_ref().is_some_and(|table| match first == last {
+        true => table.by_fd.contains_key(&first),
+        false => !table.by_fd.is_empty(),
+    });
+    if !known {
+        return;
+    }
     let mut known = false;
     if let Some(table) = write().as_mut() {
         table.by_fd.retain(|fd, _| {
