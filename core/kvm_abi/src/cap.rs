@@ -66,7 +66,6 @@ pub mod nr {
     pub const IMMEDIATE_EXIT: u32 = 136;
     pub const X86_DISABLE_EXITS: u32 = 143;
     pub const GET_MSR_FEATURES: u32 = 153;
-    pub const NESTED_STATE: u32 = 157;
     pub const MSR_PLATFORM_INFO: u32 = 159;
     pub const COALESCED_PIO: u32 = 162;
     pub const EXCEPTION_PAYLOAD: u32 = 164;
@@ -125,11 +124,8 @@ pub const fn value(cap: u32) -> i32 {
         nr::DIRTY_LOG_RING | nr::DIRTY_LOG_RING_ACQ_REL => 65536 * 16,
         nr::X2APIC_API => super::x2apic_api::VALID as i32,
         nr::MANUAL_DIRTY_LOG_PROTECT2 => 3,
-        // The largest state there is: a header.
-        nr::NESTED_STATE => size_of::<super::kvm_nested_state>() as i32,
         nr::IRQCHIP
         | nr::DEVICE_CTRL
-        | nr::EXT_EMUL_CPUID
         | nr::MMU_SHADOW_CACHE_CONTROL
         | nr::USER_MEMORY2
         | nr::COALESCED_PIO
