@@ -93,7 +93,7 @@ pub mod nr {
 }
 
 /// Most vCPUs of a VM.
-pub const MAX_VCPUS: u32 = 255;
+pub const MAX_VCPUS: u32 = 1024;
 /// Highest vCPU id plus one; those above 254 need x2APIC.
 pub const MAX_VCPU_ID: u32 = 4096;
 

@@ -368,7 +368,7 @@ impl VcpuEnv {
     /// has put that right.
     fn check_host_memory(&mut self, gpa: u64) -> Result<(), Stop> {
         if self.host_fault {
-            log::error!(
+            log::debug!(
                 "vcpu {}: the host memory behind guest address {gpa:#x} is not accessible",
                 self.shared.id()
             );

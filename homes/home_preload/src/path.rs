@@ -1,7 +1,7 @@
 //! `/dev/kvm` for open, stat and access.
 
 use crate::real::{fail, real};
-use crate::settings;
+use crate::{parameters, settings};
 use home_user::process::{self, Kind};
 use libc::{c_char, c_int, c_uint, c_void, mode_t};
 use std::ffi::CStr;
@@ -50,6 +50,9 @@ macro_rules! opens {
             if is_kvm(path) {
                 return open_kvm(flags);
             }
+            if let Some(fd) = parameters::open(path, flags) {
+                return fd;
+            }
             real!($name(path, flags, mode): fn(*const c_char, c_int, mode_t) -> c_int)
         }
     )*};
@@ -70,6 +73,9 @@ macro_rules! opens_at {
             if is_kvm(path) {
                 return open_kvm(flags);
             }
+            if let Some(fd) = parameters::open(path, flags) {
+                return fd;
+            }
             real!($name(dir, path, flags, mode): fn(c_int, *const c_char, c_int, mode_t) -> c_int)
         }
     )*};
@@ -86,6 +92,9 @@ macro_rules! fortified {
             if is_kvm(path) {
                 return open_kvm(flags);
             }
+            if let Some(fd) = parameters::open(path, flags) {
+                return fd;
+            }
             real!($name(path, flags): fn(*const c_char, c_int) -> c_int)
         }
     )*};
@@ -100,6 +109,9 @@ macro_rules! fortified_at {
         pub unsafe extern "C" fn $name(dir: c_int, path: *const c_char, flags: c_int) -> c_int {
             if is_kvm(path) {
                 return open_kvm(flags);
+            }
+            if let Some(fd) = parameters::open(path, flags) {
+                return fd;
             }
             real!($name(dir, path, flags): fn(c_int, *const c_char, c_int) -> c_int)
         }

@@ -11,6 +11,7 @@
 mod files;
 mod memory;
 mod objects;
+pub mod parameters;
 mod shared;
 pub mod signals;
 mod stats;

@@ -5,7 +5,7 @@ use super::shared::{self, CoalescedPage, SharedPages};
 use super::signals::{self, RunMask};
 use super::stats::StatsFile;
 use super::{engine, memory, table};
-use crate::events::EventFdEvent;
+use crate::events::{EventFdEvent, duplicate};
 use crate::host::Bare;
 use crate::interrupt::Running;
 use crate::system::System;
@@ -18,8 +18,8 @@ use kvm_core::ioctl::device::{DeviceFile, Vfio};
 use kvm_core::ioctl::{self, Answer, Caller, SystemFile, VcpuFile, VmFile};
 use kvm_core::shared_memory::SharedMemory;
 use kvm_core::stats::StatsImage;
-use std::os::fd::{BorrowedFd, IntoRawFd, RawFd};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::os::fd::{BorrowedFd, IntoRawFd, OwnedFd, RawFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 /// A KVM object.
 pub enum Object {
@@ -118,6 +118,20 @@ fn borrowed(fd: RawFd) -> Result<BorrowedFd<'static>, Errno> {
     crate::events::borrow(fd)
 }
 
+/// Held while the program's descriptors are looked at. That opens files for moments, and a program that closes
+/// a descriptor while another thread of it gives its number to us must not make us take one of those for it.
+fn looking_at_descriptors() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A duplicate of the eventfd with this number, which stays what it is.
+fn eventfd(fd: u32) -> Result<OwnedFd, Errno> {
+    let own = duplicate(&borrowed(fd as RawFd)?)?;
+    EventFdEvent::checked(&own)?;
+    Ok(own)
+}
+
 impl VmFile for VmObject {
     fn vm(&self) -> &Arc<kvm_core::Vm> {
         self.0.vm.core()
@@ -151,15 +165,16 @@ impl VmFile for VmObject {
     }
 
     fn event(&self, fd: i32) -> Result<Arc<dyn Event>, Errno> {
-        Ok(Arc::new(EventFdEvent::checked(&borrowed(fd)?)?))
+        let _alone = looking_at_descriptors();
+        let own = duplicate(&borrowed(fd)?)?;
+        Ok(Arc::new(EventFdEvent::checked(&own)?))
     }
 
     fn assign_irqfd(&self, irqfd: &kvm_irqfd) -> Result<(), Errno> {
-        let fd = borrowed(irqfd.fd as RawFd)?;
-        EventFdEvent::checked(&fd)?;
+        let _alone = looking_at_descriptors();
+        let fd = eventfd(irqfd.fd)?;
         if irqfd.flags & irqfd_flag::RESAMPLE != 0 {
-            let resample = borrowed(irqfd.resamplefd as RawFd)?;
-            EventFdEvent::checked(&resample)?;
+            let resample = eventfd(irqfd.resamplefd)?;
             self.0
                 .vm
                 .register_irqfd_with_resample(&fd, &resample, irqfd.gsi)
@@ -169,8 +184,8 @@ impl VmFile for VmObject {
     }
 
     fn deassign_irqfd(&self, irqfd: &kvm_irqfd) -> Result<(), Errno> {
-        let fd = borrowed(irqfd.fd as RawFd)?;
-        EventFdEvent::checked(&fd)?;
+        let _alone = looking_at_descriptors();
+        let fd = eventfd(irqfd.fd)?;
         self.0.vm.unregister_irqfd(&fd, irqfd.gsi)
     }
 
