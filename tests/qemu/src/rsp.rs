@@ -40,7 +40,9 @@ impl Debugger {
             stream,
             buffer: Vec::new(),
         };
-        debugger.ask("qSupported:hwbreak+;swbreak+")?;
+        // QEMU reports the stop that the connection makes, before the first answer or not at all.
+        debugger.send("qSupported:hwbreak+;swbreak+")?;
+        while !debugger.receive()?.contains("PacketSize") {}
         debugger.ask("?")?;
         Ok(debugger)
     }

@@ -320,3 +320,11 @@ impl Vm {
         self.directory.path().join(name)
     }
 }
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        if std::env::var_os("QEMU_E2E_SHOW").is_some() {
+            eprintln!("{}", self.session.output());
+        }
+    }
+}

@@ -98,7 +98,7 @@ fn sleep(run: &Run, machine: &str) -> Result {
 fn stop_cont(run: &Run) -> Result {
     let mut vm = Vm::boot(run, &Machine::new("q35").smp("2"))?;
     vm.session
-        .type_in("while :; do echo -n .; sleep 0.05; done &\n")?;
+        .type_in("while [ ! -e /tmp/stop ]; do echo -n .; sleep 0.05; done &\n")?;
     for _ in 0..3 {
         vm.session.expect(".", SOON)?;
         vm.qmp.execute("stop", json!({}))?;
@@ -114,7 +114,7 @@ fn stop_cont(run: &Run) -> Result {
         vm.session.skip();
         vm.session.expect("....", SOON)?;
     }
-    vm.session.type_in("kill $!\n")?;
+    vm.session.type_in(": >/tmp/stop\n")?;
     std::thread::sleep(Duration::from_millis(300));
     vm.works(2)?;
     vm.power_off()
