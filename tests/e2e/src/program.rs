@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// The command `anykvm`, built with optimizations: `$ANYKVM` if that is set, else this workspace's.
+/// The command `anykvm`, built with optimizations: `$ANYKVM` if that is set, else this workspace's, with the
+/// library for `anykvm exec` beside it.
 ///
 /// # Panics
 /// If it cannot be built.
@@ -34,7 +35,8 @@ fn build() -> PathBuf {
         );
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let built = Command::new(cargo)
-        .args(["build", "--release", "--quiet", "--package", "anykvm"])
+        .args(["build", "--release", "--quiet"])
+        .args(["--package", "anykvm", "--package", "home_preload"])
         .arg("--target-dir")
         .arg(&target)
         .current_dir(env!("CARGO_MANIFEST_DIR"))
