@@ -61,10 +61,7 @@ fn cargo() -> Command {
 /// [`Outcome::Skipped`] when the crate registry does not give it and it is not in the cache.
 pub fn source(requirement: &str) -> std::result::Result<Source, Outcome> {
     let cache = cache("anykvm-kvm-ioctls")?;
-    let name = match requirement.strip_prefix('=') {
-        Some(version) => version,
-        None => "newest",
-    };
+    let name = requirement.strip_prefix('=').unwrap_or("newest");
     // A crate that depends on it makes cargo fetch it.
     let asking = cache.join(format!("ask-{name}"));
     fs::create_dir_all(asking.join("src")).doing("cannot write the cache")?;

@@ -15,13 +15,16 @@ use crate::vm::Run;
 /// What a case has found besides success.
 pub type Found = Option<Duration>;
 
+/// What a case does.
+type Body = dyn Fn(&Run) -> Result<Found>;
+
 /// One thing to try out.
 pub struct Case {
     /// Its name: words with `/` between.
     pub name: String,
     /// Only `-accel kvm` has what it is about.
     pub kvm_only: bool,
-    run: Box<dyn Fn(&Run) -> Result<Found>>,
+    run: Box<Body>,
 }
 
 impl Case {
