@@ -1,6 +1,7 @@
 //! ioctl, and the end of descriptors.
 
 use crate::real::{fail, real};
+use crate::settings;
 use home_user::process::{self, signals};
 use libc::{c_int, c_uint, c_ulong, c_void, off_t, size_t};
 
@@ -12,7 +13,7 @@ const KVMIO: c_ulong = 0xae;
 #[unsafe(no_mangle)]
 pub unsafe extern "C-unwind" fn ioctl(fd: c_int, request: c_ulong, arg: *mut c_void) -> c_int {
     if (request >> 8) & 0xff == KVMIO
-        && process::in_use()
+        && settings::applied()
         && let Some(answer) = process::ioctl(fd, request as u32, arg as u64)
     {
         signals::end_if_cancelled();
@@ -24,63 +25,71 @@ pub unsafe extern "C-unwind" fn ioctl(fd: c_int, request: c_ulong, arg: *mut c_v
     real!(ioctl(fd, request, arg): fn(c_int, c_ulong, *mut c_void) -> c_int)
 }
 
-/// What is known of the descriptors is out of date.
-fn gone(first: c_int, last: c_int) {
-    if process::in_use() {
-        // SAFETY: the location of errno is the thread's own.
-        unsafe {
-            let errno = *libc::__errno_location();
-            process::closed(first, last);
-            *libc::__errno_location() = errno;
-        }
+/// Closes or replaces descriptors with `end`, of which the first is `first`, the last `last`.
+fn ending(first: c_int, last: c_int, end: impl FnOnce() -> c_int) -> c_int {
+    if !process::in_use() {
+        return end();
     }
+    let ours = process::closing(first, last);
+    let result = end();
+    // SAFETY: the location of errno is the thread's own.
+    unsafe {
+        let errno = *libc::__errno_location();
+        process::closed(first, last, ours);
+        *libc::__errno_location() = errno;
+    }
+    result
 }
 
 /// # Safety
 /// As the C library's.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn close(fd: c_int) -> c_int {
-    let result = real!(close(fd): fn(c_int) -> c_int);
-    gone(fd, fd);
-    result
+    ending(fd, fd, || real!(close(fd): fn(c_int) -> c_int))
 }
 
 /// # Safety
 /// As the C library's.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
-    let result = real!(close_range(first, last, flags): fn(c_uint, c_uint, c_int) -> c_int);
-    gone(
+    ending(
         first.try_into().unwrap_or(c_int::MAX),
         last.try_into().unwrap_or(c_int::MAX),
-    );
-    result
+        || real!(close_range(first, last, flags): fn(c_uint, c_uint, c_int) -> c_int),
+    )
 }
 
 /// # Safety
 /// As the C library's.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn closefrom(first: c_int) {
-    let _: c_int = real!(closefrom(first): fn(c_int) -> c_int);
-    gone(first.max(0), c_int::MAX);
+    ending(
+        first.max(0),
+        c_int::MAX,
+        || real!(closefrom(first): fn(c_int) -> c_int),
+    );
 }
 
 /// # Safety
 /// As the C library's.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dup2(old: c_int, new: c_int) -> c_int {
-    let result = real!(dup2(old, new): fn(c_int, c_int) -> c_int);
-    gone(new, new);
-    result
+    ending(
+        new,
+        new,
+        || real!(dup2(old, new): fn(c_int, c_int) -> c_int),
+    )
 }
 
 /// # Safety
 /// As the C library's.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dup3(old: c_int, new: c_int, flags: c_int) -> c_int {
-    let result = real!(dup3(old, new, flags): fn(c_int, c_int, c_int) -> c_int);
-    gone(new, new);
-    result
+    ending(
+        new,
+        new,
+        || real!(dup3(old, new, flags): fn(c_int, c_int, c_int) -> c_int),
+    )
 }
 
 macro_rules! maps {

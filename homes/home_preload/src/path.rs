@@ -180,6 +180,9 @@ fn stat_kvm(out: *mut libc::stat) -> c_int {
     unsafe {
         let dev: &CStr = c"/dev";
         if libc::syscall(libc::SYS_stat, dev.as_ptr(), out) != 0 {
+            if *libc::__errno_location() == libc::EFAULT {
+                return -1;
+            }
             out.write_bytes(0, 1);
         }
         describe(&mut *out);

@@ -22,6 +22,14 @@ pub fn apply() {
     });
 }
 
+/// Reads it before a call on a descriptor: one of `/dev/kvm` may have been inherited or received.
+pub fn applied() -> bool {
+    if !process::in_use() {
+        apply();
+    }
+    true
+}
+
 struct StandardError;
 
 impl log::Log for StandardError {

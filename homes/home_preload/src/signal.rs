@@ -4,6 +4,8 @@ use crate::real::{Real, fail, real};
 use home_user::process::{self, signals};
 use libc::{c_int, sighandler_t};
 use std::mem::zeroed;
+use std::ptr::{null, null_mut};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 static REAL: Real = Real::new(c"sigaction");
 
@@ -54,11 +56,82 @@ macro_rules! bsd {
         /// As the C library's.
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name(sig: c_int, handler: sighandler_t) -> sighandler_t {
-            install(sig, handler, libc::SA_RESTART)
+            let bit = 1u64.checked_shl(sig.wrapping_sub(1) as u32).unwrap_or(0);
+            let interrupts = INTERRUPTS.load(Ordering::Relaxed) & bit != 0;
+            install(sig, handler, if interrupts { 0 } else { libc::SA_RESTART })
         }
     )*};
 }
 bsd!(signal bsd_signal ssignal);
+
+/// Signals for which siginterrupt has asked that they interrupt, a bit each.
+static INTERRUPTS: AtomicU64 = AtomicU64::new(0);
+
+/// # Safety
+/// As the C library's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn siginterrupt(sig: c_int, interrupt: c_int) -> c_int {
+    // SAFETY: zeroed is a valid sigaction, and it outlives the calls.
+    unsafe {
+        let mut action: libc::sigaction = zeroed();
+        if program(sig, null(), &mut action) != 0 {
+            return -1;
+        }
+        let bit = 1u64.checked_shl(sig.wrapping_sub(1) as u32).unwrap_or(0);
+        if interrupt != 0 {
+            INTERRUPTS.fetch_or(bit, Ordering::Relaxed);
+            action.sa_flags &= !libc::SA_RESTART;
+        } else {
+            INTERRUPTS.fetch_and(!bit, Ordering::Relaxed);
+            action.sa_flags |= libc::SA_RESTART;
+        }
+        program(sig, &action, null_mut())
+    }
+}
+
+/// System V's: installs a handler and unblocks the signal, or blocks it (SIG_HOLD).
+///
+/// # Safety
+/// As the C library's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn sigset(sig: c_int, handler: sighandler_t) -> sighandler_t {
+    const SIG_HOLD: sighandler_t = 2;
+    // SAFETY: everything outlives the calls.
+    unsafe {
+        let (mut set, mut before) = (zeroed(), zeroed());
+        libc::sigemptyset(&mut set);
+        if libc::sigaddset(&mut set, sig) != 0 {
+            return libc::SIG_ERR;
+        }
+        let mut old: libc::sigaction = zeroed();
+        if handler == SIG_HOLD {
+            if program(sig, null(), &mut old) != 0 {
+                return libc::SIG_ERR;
+            }
+            libc::pthread_sigmask(libc::SIG_BLOCK, &set, &mut before);
+        } else {
+            old.sa_sigaction = install(sig, handler, 0);
+            if old.sa_sigaction == libc::SIG_ERR {
+                return libc::SIG_ERR;
+            }
+            libc::pthread_sigmask(libc::SIG_UNBLOCK, &set, &mut before);
+        }
+        if libc::sigismember(&before, sig) == 1 {
+            return SIG_HOLD;
+        }
+        old.sa_sigaction
+    }
+}
+
+/// # Safety
+/// As the C library's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn sigignore(sig: c_int) -> c_int {
+    if install(sig, libc::SIG_IGN, 0) == libc::SIG_ERR {
+        return -1;
+    }
+    0
+}
 
 macro_rules! system_v {
     ($($name:ident)*) => {$(

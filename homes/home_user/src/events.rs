@@ -7,6 +7,7 @@
 use crate::waiter::timespec;
 use kvm_abi::Errno;
 use kvm_core::host::{Event, Timer};
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
@@ -31,6 +32,11 @@ struct Inner {
     stop: OwnedFd,
     sources: Mutex<HashMap<u64, Arc<Source>>>,
     next: AtomicU64,
+}
+
+thread_local! {
+    /// This thread is an event thread.
+    static SERVING: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Key of the stop event.
@@ -188,6 +194,7 @@ impl Inner {
     }
 
     fn serve(&self) {
+        SERVING.set(true);
         let mut events = [libc::epoll_event { events: 0, u64: 0 }; 32];
         loop {
             // SAFETY: the buffer is as long as stated.
@@ -337,8 +344,9 @@ impl Drop for EventLoop {
             libc::write(self.inner.stop.as_raw_fd(), one.as_ptr().cast(), one.len());
         }
         if let Some(thread) = self.thread.take() {
-            // The last reference to a VM may be dropped by a callback on the thread itself.
-            if thread.thread().id() != std::thread::current().id() {
+            // The last reference to a VM may be dropped by a callback, on its own thread or on another VM's.
+            // That one must not wait either: the two could wait for each other.
+            if !SERVING.get() {
                 let _ = thread.join();
             }
         }

@@ -231,24 +231,73 @@ extern "C" fn on_fault(sig: i32, info: *mut libc::siginfo_t, context: *mut libc:
 
 /// Passes a signal that no stub raised on to the handler that was there before.
 fn chain(sig: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    let handler = SIGNALS
-        .iter()
-        .position(|&s| s == sig)
-        .map_or(libc::SIG_DFL, |i| PREVIOUS[i].0.load(Ordering::Acquire));
-    if handler == libc::SIG_DFL || handler == libc::SIG_IGN {
-        // The default action happens when the instruction is executed again.
-        // SAFETY: a zeroed sigaction is SIG_DFL with an empty mask.
-        unsafe {
-            let default: libc::sigaction = core::mem::zeroed();
-            libc::sigaction(sig, &default, core::ptr::null_mut());
-        }
+    let Some(previous) = SIGNALS.iter().position(|&s| s == sig).map(|i| &PREVIOUS[i]) else {
         return;
+    };
+    let handler = previous.0.load(Ordering::Acquire);
+    // SAFETY: the kernel passes a valid siginfo.
+    let sent = unsafe { (*info).si_code } <= 0;
+    if handler == libc::SIG_IGN && sent {
+        return;
+    }
+    if handler == libc::SIG_DFL || handler == libc::SIG_IGN {
+        default_action(sig, sent);
+        return;
+    }
+    // What the kernel does for a handler with these flags.
+    let flags = previous.1.load(Ordering::Relaxed);
+    if flags & libc::SA_RESETHAND != 0 {
+        previous.0.store(libc::SIG_DFL, Ordering::Release);
+    }
+    let own = 1 << (sig - 1);
+    let mut mask = previous.2.load(Ordering::Relaxed);
+    if flags & libc::SA_NODEFER == 0 {
+        mask |= own;
+    } else if mask & own == 0 {
+        change_mask(libc::SIG_UNBLOCK, own);
+    }
+    if mask != 0 {
+        change_mask(libc::SIG_BLOCK, mask);
     }
     // SAFETY: the handler was installed for this signal. One without SA_SIGINFO ignores the second and
     // third argument, which are in registers.
     let handler: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) =
         unsafe { core::mem::transmute(handler) };
     handler(sig, info, context);
+}
+
+/// Changes the thread's signal mask; the kernel restores it when the handler returns.
+fn change_mask(how: i32, set: u64) {
+    // SAFETY: the set outlives the call.
+    unsafe {
+        libc::syscall(
+            libc::SYS_rt_sigprocmask,
+            how,
+            &raw const set,
+            core::ptr::null_mut::<u64>(),
+            8,
+        );
+    }
+}
+
+/// The default action, when the instruction is executed again; a signal that was `sent` is sent again.
+fn default_action(sig: i32, sent: bool) {
+    // The kernel's structure: handler, flags, restorer, mask.
+    let default = [0u64; 4];
+    // SAFETY: the structure outlives the call. The system calls themselves, because what stands in front
+    // of the C library's functions keeps our handler in place.
+    unsafe {
+        libc::syscall(
+            libc::SYS_rt_sigaction,
+            sig,
+            default.as_ptr(),
+            core::ptr::null_mut::<u64>(),
+            8,
+        );
+        if sent {
+            libc::syscall(libc::SYS_tgkill, libc::getpid(), libc::gettid(), sig);
+        }
+    }
 }
 
 /// The signals whose handler is [`on_fault`] once [`install`] has run.

@@ -82,11 +82,11 @@ pub fn call(file: &dyn VmFile, cmd: u32, arg: u64) -> Answer {
             Ok(0)
         }
         KVM_SET_IDENTITY_MAP_ADDR => {
-            let _: u64 = get(file, arg)?;
             // Nothing here needs an identity map, but the time to ask for one is before the first vCPU.
             if !vm.vcpus().is_empty() {
                 return Err(Errno::EINVAL);
             }
+            let _: u64 = get(file, arg)?;
             Ok(0)
         }
 

@@ -4,8 +4,8 @@
 //! sockets and the `mmap` of a vCPU are the kernel's business. A descriptor is recognised by its inode.
 //! When the last one is closed, or the last mapping of it is gone, inotify says so, and the object goes.
 //!
-//! Someone has to bring the program's calls here: [`open`] for `/dev/kvm`, [`ioctl`], [`closed`] as soon as a
-//! descriptor may be gone, [`signals::program_sigaction`].
+//! Someone has to bring the program's calls here: [`open`] for `/dev/kvm`, [`ioctl`], [`closing`] and [`closed`]
+//! around whatever ends a descriptor, [`signals::program_sigaction`].
 #![expect(unsafe_code, reason = "descriptors as system calls know them")]
 
 mod files;
@@ -43,6 +43,11 @@ fn engine() -> EngineKind {
 /// # Errors
 /// EMFILE, ENFILE, ENOMEM.
 pub fn open(close_on_exec: bool) -> Result<RawFd, Errno> {
+    signals::activate();
+    signals::serve(|| new_system(close_on_exec))
+}
+
+fn new_system(close_on_exec: bool) -> Result<RawFd, Errno> {
     let file = files::KvmFile::new(files::SYSTEM, 0)?;
     let fd = table::publish(file, Object::System)?;
     if !close_on_exec {
@@ -53,6 +58,10 @@ pub fn open(close_on_exec: bool) -> Result<RawFd, Errno> {
 
 /// An ioctl on `fd`; `None` when it is not a descriptor of ours.
 pub fn ioctl(fd: RawFd, cmd: u32, arg: u64) -> Option<Result<u64, Errno>> {
+    signals::serve(|| answer(fd, cmd, arg))
+}
+
+fn answer(fd: RawFd, cmd: u32, arg: u64) -> Option<Result<u64, Errno>> {
     let object = match table::find(fd) {
         table::Found::Ours(object) => object,
         table::Found::Foreign => return Some(Err(Errno::EIO)),
@@ -72,10 +81,13 @@ pub enum Kind {
 
 /// Whether `fd` is one of ours.
 pub fn kind(fd: RawFd) -> Option<Kind> {
-    table::known(fd).map(|object| match *object {
-        Object::System => Kind::System,
-        _ => Kind::Other,
-    })
+    let known = || {
+        table::known(fd).map(|object| match *object {
+            Object::System => Kind::System,
+            _ => Kind::Other,
+        })
+    };
+    signals::serve(known)
 }
 
 /// Whether this process has or had any descriptor of ours: without one there is nothing to look for.
@@ -83,41 +95,56 @@ pub fn in_use() -> bool {
     table::in_use()
 }
 
-/// Descriptors `first` to `last` have been closed or replaced: what is known of them is forgotten, and
-/// objects without descriptors go.
-pub fn closed(first: RawFd, last: RawFd) {
-    table::closed(first, last);
+/// Descriptors `first` to `last` are about to be closed or replaced: what is known of them is forgotten, because
+/// their numbers may mean something else before [`closed`] is called. Whether any was ours.
+pub fn closing(first: RawFd, last: RawFd) -> bool {
+    signals::serve(|| !table::forget(first, last).is_empty())
+}
+
+/// Descriptors `first` to `last` have been closed or replaced; if any was `ours`, objects without descriptors go.
+pub fn closed(first: RawFd, last: RawFd, ours: bool) {
+    signals::serve(|| table::closed(first, last, ours));
 }
 
 /// Whether the program may map `len` bytes of `fd` from byte `offset` on, if that is a descriptor of ours.
 pub fn may_map(fd: RawFd, len: usize, prot: i32, flags: i32, offset: usize) -> bool {
-    table::known(fd).is_none_or(|object| object.allows_mapping(len, prot, flags, offset))
+    signals::serve(|| {
+        table::known(fd).is_none_or(|object| object.allows_mapping(len, prot, flags, offset))
+    })
 }
 
 /// The program has mapped `len` bytes of `fd` at `addr`, from byte `offset` on: a vCPU's mapping shows pages
 /// of its VM's, too.
 pub fn mapped(fd: RawFd, addr: usize, len: usize, offset: usize) {
-    if let Some(object) = table::known(fd) {
-        object.mapped(addr, len, offset);
-    }
+    signals::serve(|| {
+        if let Some(object) = table::known(fd) {
+            object.mapped(addr, len, offset);
+        }
+    });
 }
 
 extern "C" fn before_fork() {
+    signals::enter();
+    signals::before_fork();
     table::before_fork();
 }
 extern "C" fn after_fork_parent() {
     table::after_fork(false);
+    signals::after_fork();
+    signals::leave();
 }
 extern "C" fn after_fork_child() {
     table::after_fork(true);
+    signals::after_fork();
+    signals::leave();
 }
 
 /// Makes a child of fork know that the VMs are its parent's.
 fn watch_forks() {
     static ONCE: std::sync::Once = std::sync::Once::new();
     ONCE.call_once(|| {
-        // SAFETY: the functions have the right type and are async-signal-safe enough: they take a lock that
-        // is held for short times only, and never by the thread that forks.
+        // SAFETY: the functions have the right type. They take locks that are held for short times only, and
+        // never by the thread that forks: no handler of the program's runs while a thread holds one.
         unsafe {
             libc::pthread_atfork(
                 Some(before_fork),

@@ -84,7 +84,6 @@ impl SystemFile for SystemObject {
         let vm = System::new(engine()).and_then(|system| system.create_vm());
         signals::restore_mask(mask);
         let vm = vm?;
-        signals::activate();
         let (coalesced, pages) = CoalescedPage::new()?;
         vm.core().set_coalesced_ring(Arc::new(pages))?;
         let vm = Arc::new(VmState {

@@ -5,9 +5,10 @@
 //! in the middle. Once a process has a VM, each of the program's handlers is therefore behind a
 //! trampoline. On a thread that is in KVM_RUN it sends the signal to the thread once more, blocked this
 //! time, and kicks the vCPU; when KVM_RUN is over the signal is unblocked and the handler runs, outside of
-//! any lock and free to do what it likes, a jump out of it included.
+//! any lock and free to do what it likes, a jump out of it included. The same goes for everything else
+//! that this library does for the program ([`serve`]): its locks are never held below a handler.
 //!
-//! Until there is a VM nothing is changed. Faults (SIGSEGV, SIGBUS, SIGFPE, SIGILL) are the engine's first,
+//! Until `/dev/kvm` is opened nothing is changed. Faults (SIGSEGV, SIGBUS, SIGFPE, SIGILL) are the engine's first,
 //! then the program's.
 #![expect(
     unsafe_code,
@@ -19,8 +20,8 @@ use crate::native;
 use std::cell::Cell;
 use std::mem::{transmute_copy, zeroed};
 use std::ptr;
-use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
 /// sigaction(2), not ours.
 pub type RealSigaction =
@@ -45,8 +46,12 @@ static ACTIONS: [Action; LAST as usize + 1] = [const {
         mask: AtomicU64::new(0),
     }
 }; LAST as usize + 1];
+/// Trampolines are being put in place.
+static ACTIVATING: AtomicBool = AtomicBool::new(false);
 /// Trampolines are in place.
 static ACTIVE: AtomicBool = AtomicBool::new(false);
+/// Held while an action changes, here and in the kernel.
+static CHANGING: Mutex<()> = Mutex::new(());
 /// The real sigaction, a function.
 static REAL: AtomicUsize = AtomicUsize::new(0);
 
@@ -57,6 +62,42 @@ thread_local! {
     static CANCELLED: Cell<Option<libc::siginfo_t>> = const { Cell::new(None) };
     /// Signals that were put off on this thread, a bit each.
     static DEFERRED: Cell<u64> = const { Cell::new(0) };
+    /// How deep this thread is in this library.
+    static DEPTH: Cell<u32> = const { Cell::new(0) };
+}
+
+/// From here to [`leave`] the program's handlers do not run on this thread.
+pub(super) fn enter() {
+    DEPTH.set(DEPTH.get() + 1);
+}
+
+/// Ends what [`enter`] began: signals that were put off arrive. Their handlers may jump away, so the thread must
+/// hold nothing any more.
+pub(super) fn leave() {
+    let depth = DEPTH.get() - 1;
+    if depth != 0 {
+        DEPTH.set(depth);
+        return;
+    }
+    loop {
+        let deferred = DEFERRED.replace(0);
+        // A signal up to here is put off and seen by the next round; one after it is handled at once.
+        DEPTH.set(0);
+        if deferred != 0 {
+            set_mask(libc::SIG_UNBLOCK, deferred);
+        }
+        if DEFERRED.get() == 0 {
+            return;
+        }
+    }
+}
+
+/// Runs `work` for the program, whose handlers wait until it is done, as they do for a system call.
+pub(super) fn serve<T>(work: impl FnOnce() -> T) -> T {
+    enter();
+    let value = work();
+    leave();
+    value
 }
 
 /// A signal set's bit.
@@ -82,7 +123,13 @@ fn real(sig: i32, new: *const libc::sigaction, old: *mut libc::sigaction) -> i32
 /// Puts fault handlers and trampolines in place, once per process.
 pub(crate) fn activate() {
     static ONCE: Once = Once::new();
+    if ACTIVE.load(Ordering::Acquire) {
+        return;
+    }
+    // A handler on this thread must not meet a table that is half filled.
+    let mask = block_all();
     ONCE.call_once(|| {
+        ACTIVATING.store(true, Ordering::SeqCst);
         BYPASS.set(true);
         native::install();
         engine_jit::install_handlers();
@@ -101,8 +148,9 @@ pub(crate) fn activate() {
                 real(sig, &wrapped(&old), ptr::null_mut());
             }
         }
-        ACTIVE.store(true, Ordering::Release);
+        ACTIVE.store(true, Ordering::SeqCst);
     });
+    restore_mask(mask);
 }
 
 fn is_fault(sig: i32) -> bool {
@@ -139,7 +187,8 @@ fn set_of(word: u64) -> libc::sigset_t {
 fn wrapped(action: &libc::sigaction) -> libc::sigaction {
     let mut own = *action;
     own.sa_sigaction = trampoline as *const () as usize;
-    own.sa_flags = own.sa_flags & !libc::SA_RESETHAND | libc::SA_SIGINFO;
+    // One signal at a time is sent again, or they would change their order.
+    own.sa_flags = own.sa_flags & !(libc::SA_RESETHAND | libc::SA_NODEFER) | libc::SA_SIGINFO;
     own
 }
 
@@ -161,9 +210,26 @@ pub unsafe fn program_sigaction(
     new: *const libc::sigaction,
     old: *mut libc::sigaction,
 ) -> i32 {
-    if !ACTIVE.load(Ordering::Acquire) || BYPASS.get() || !(1..=LAST).contains(&sig) {
+    if BYPASS.get() || !(1..=LAST).contains(&sig) {
         return real(sig, new, old);
     }
+    if !ACTIVE.load(Ordering::SeqCst) {
+        let result = real(sig, new, old);
+        if result != 0 || new.is_null() || !ACTIVATING.load(Ordering::SeqCst) {
+            return result;
+        }
+        // The table is being filled at this moment, and may or may not have got the action.
+        while !ACTIVE.load(Ordering::SeqCst) {
+            std::thread::yield_now();
+        }
+        return serve(|| change(sig, new, ptr::null_mut()));
+    }
+    serve(|| change(sig, new, old))
+}
+
+/// sigaction(2), in the table.
+fn change(sig: i32, new: *const libc::sigaction, old: *mut libc::sigaction) -> i32 {
+    let _alone = CHANGING.lock().unwrap_or_else(PoisonError::into_inner);
     // Where the program's action is kept: handler, flags, mask.
     let (handler, flags, mask) = match native::SIGNALS.iter().position(|&s| s == sig) {
         Some(i) => {
@@ -175,6 +241,11 @@ pub unsafe fn program_sigaction(
             (&a.handler, &a.flags, &a.mask)
         }
     };
+    let set = |action: &libc::sigaction| {
+        flags.store(action.sa_flags, Ordering::Relaxed);
+        mask.store(first_word(&action.sa_mask), Ordering::Relaxed);
+        handler.store(action.sa_sigaction, Ordering::Release);
+    };
     let before = action_of(
         handler.load(Ordering::Acquire),
         flags.load(Ordering::Relaxed),
@@ -182,19 +253,31 @@ pub unsafe fn program_sigaction(
     );
     // SAFETY: the caller promises that the pointer is null or valid.
     if let Some(new) = unsafe { new.as_ref() } {
+        let ours = new.sa_sigaction == trampoline as *const () as usize;
         let installed = if is_fault(sig) {
+            set(new);
             0
-        } else if is_function(new.sa_sigaction) {
-            real(sig, &wrapped(new), ptr::null_mut())
-        } else {
+        } else if ours {
+            // What a function of the C library's that we do not stand in front of has read in the kernel.
             real(sig, new, ptr::null_mut())
+        } else if is_function(new.sa_sigaction) {
+            // The table first: a signal may come at once.
+            set(new);
+            let installed = real(sig, &wrapped(new), ptr::null_mut());
+            if installed != 0 {
+                set(&before);
+            }
+            installed
+        } else {
+            let installed = real(sig, new, ptr::null_mut());
+            if installed == 0 {
+                set(new);
+            }
+            installed
         };
         if installed != 0 {
             return installed;
         }
-        flags.store(new.sa_flags, Ordering::Relaxed);
-        mask.store(first_word(&new.sa_mask), Ordering::Relaxed);
-        handler.store(new.sa_sigaction, Ordering::Release);
     }
     // SAFETY: as above.
     if let Some(old) = unsafe { old.as_mut() } {
@@ -205,7 +288,8 @@ pub unsafe fn program_sigaction(
 
 /// What the kernel calls in place of the program's handlers.
 extern "C" fn trampoline(sig: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    if interrupt_current() {
+    if DEPTH.get() != 0 {
+        interrupt_current();
         defer(sig, info, context);
         return;
     }
@@ -220,9 +304,13 @@ extern "C" fn trampoline(sig: i32, info: *mut libc::siginfo_t, context: *mut lib
         resend(sig, info);
         return;
     }
-    if slot.flags.load(Ordering::Relaxed) & libc::SA_RESETHAND != 0 {
+    let flags = slot.flags.load(Ordering::Relaxed);
+    if flags & libc::SA_RESETHAND != 0 {
         slot.handler.store(libc::SIG_DFL, Ordering::Release);
         real(sig, &action_of(libc::SIG_DFL, 0, 0), ptr::null_mut());
+    }
+    if flags & libc::SA_NODEFER != 0 && slot.mask.load(Ordering::Relaxed) & bit(sig) == 0 {
+        set_mask(libc::SIG_UNBLOCK, bit(sig));
     }
     // SAFETY: the program installed the handler for this signal. One without SA_SIGINFO ignores the second
     // and third argument, which are in registers.
@@ -327,16 +415,54 @@ fn resend(sig: i32, info: *mut libc::siginfo_t) {
     }
 }
 
-/// Puts a signal off until KVM_RUN is over.
+/// How many real-time signals that came behind one can be put behind it again.
+const BEHIND: usize = 16;
+
+/// Puts a signal off until the library has done its work.
 fn defer(sig: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     set_mask(libc::SIG_BLOCK, bit(sig));
+    // Real-time signals queue, and this one was the first.
+    // SAFETY: zeroed is a valid siginfo.
+    let mut behind: [libc::siginfo_t; BEHIND] = unsafe { zeroed() };
+    let mut count = 0;
+    if sig > INTERNAL[1] {
+        while count < BEHIND && take_pending(sig, &mut behind[count]) {
+            count += 1;
+        }
+    }
     resend(sig, info);
+    for info in &mut behind[..count] {
+        resend(sig, info);
+    }
     DEFERRED.set(DEFERRED.get() | bit(sig));
     // SAFETY: the kernel passes a valid context; the mask in it is the thread's when the handler returns.
     unsafe {
         let mask = &raw mut (*context.cast::<libc::ucontext_t>()).uc_sigmask;
         let mask = mask.cast::<u64>();
         mask.write_unaligned(mask.read_unaligned() | bit(sig));
+    }
+}
+
+/// Takes a blocked signal out of its queue.
+fn take_pending(sig: i32, info: &mut libc::siginfo_t) -> bool {
+    let set = bit(sig);
+    let now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: set, info and time outlive the call. The location of errno is the thread's own.
+    unsafe {
+        let errno = libc::__errno_location();
+        let before = *errno;
+        let taken = libc::syscall(
+            libc::SYS_rt_sigtimedwait,
+            &raw const set,
+            ptr::from_mut(info),
+            &raw const now,
+            8,
+        );
+        *errno = before;
+        taken == libc::c_long::from(sig)
     }
 }
 
@@ -350,9 +476,14 @@ fn set_mask(how: i32, word: u64) -> u64 {
     first_word(&before)
 }
 
-/// Blocks every signal on this thread; gives the mask to [`restore_mask`].
+/// Blocks every signal of the program's on this thread: all but those of faults and of the C library, which waits
+/// until each thread has taken its own (setuid). Gives the mask to [`restore_mask`].
 pub(crate) fn block_all() -> u64 {
-    set_mask(libc::SIG_SETMASK, !0)
+    let others = native::SIGNALS.iter().chain(&INTERNAL);
+    set_mask(
+        libc::SIG_SETMASK,
+        !others.fold(0, |set, &sig| set | bit(sig)),
+    )
 }
 
 /// Undoes [`block_all`].
@@ -369,8 +500,19 @@ pub(crate) struct RunMask {
 impl RunMask {
     /// Sets the mask of KVM_SET_SIGNAL_MASK, if there is one. The thread must count as running a vCPU already.
     pub fn enter(mask: Option<u64>) -> Self {
+        let Some(mask) = mask else {
+            // What came before the thread counted as running a vCPU.
+            if DEFERRED.get() != 0 {
+                interrupt_current();
+            }
+            return RunMask { outer: None };
+        };
+        // Signals that have been put off already are blocked for that reason only, and come again if this
+        // mask lets them through.
+        let deferred = DEFERRED.get();
+        let outer = set_mask(libc::SIG_SETMASK, mask);
         RunMask {
-            outer: mask.map(|m| set_mask(libc::SIG_SETMASK, m)),
+            outer: Some(outer & !deferred),
         }
     }
 
@@ -379,18 +521,13 @@ impl RunMask {
         DEFERRED.get() != 0
     }
 
-    /// Back to the thread's own mask, now that the thread does not count as running a vCPU any more:
-    /// signals that were put off arrive.
+    /// Back to the thread's own mask, but for signals that were put off: they arrive when the library is
+    /// left, unless they are blocked outside of KVM_RUN.
     pub fn leave(self) {
-        let deferred = DEFERRED.replace(0);
-        match self.outer {
-            Some(outer) => {
-                set_mask(libc::SIG_SETMASK, outer);
-            }
-            None if deferred != 0 => {
-                set_mask(libc::SIG_UNBLOCK, deferred);
-            }
-            None => {}
+        if let Some(outer) = self.outer {
+            let deferred = DEFERRED.get();
+            set_mask(libc::SIG_SETMASK, outer | deferred);
+            DEFERRED.set(DEFERRED.get() & !outer);
         }
     }
 }
@@ -422,4 +559,21 @@ pub(crate) fn catch_unmasked(mask: u64) {
             );
         }
     }
+}
+
+thread_local! {
+    /// Held over a fork, so that the child finds the actions whole.
+    static FORKING: Cell<Option<MutexGuard<'static, ()>>> = const { Cell::new(None) };
+}
+
+/// Takes the lock of the actions for the time of a fork.
+pub(super) fn before_fork() {
+    FORKING.set(Some(
+        CHANGING.lock().unwrap_or_else(PoisonError::into_inner),
+    ));
+}
+
+/// Releases it.
+pub(super) fn after_fork() {
+    drop(FORKING.take());
 }

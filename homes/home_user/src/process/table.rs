@@ -3,6 +3,7 @@
 
 use super::files::{self, FileId, KvmFile, id_of};
 use super::objects::Object;
+use super::signals;
 use crate::events::last_errno;
 use kvm_abi::Errno;
 use std::cell::RefCell;
@@ -58,8 +59,16 @@ pub fn known(fd: RawFd) -> Option<Arc<Object>> {
         return Some(object.clone());
     }
     let id = id_of(fd)?;
-    let object = read().as_ref()?.by_file.get(&id)?.clone();
-    write().as_mut()?.by_fd.insert(fd, object.clone());
+    if !read().as_ref()?.by_file.contains_key(&id) {
+        return None;
+    }
+    let mut guard = write();
+    let table = guard.as_mut()?;
+    let object = table.by_file.get(&id)?.clone();
+    // Who closes a descriptor takes the lock afterwards; so what is remembered here is forgotten then.
+    if id_of(fd) == Some(id) {
+        table.by_fd.insert(fd, object.clone());
+    }
     Some(object)
 }
 
@@ -74,12 +83,15 @@ pub fn find(fd: RawFd) -> Found {
     match files::named(fd) {
         // /dev/kvm itself has no state: one that was inherited or received is as good as any.
         Some(name) if name == files::SYSTEM => {
+            signals::activate();
+            super::watch_forks();
             IN_USE.store(true, Ordering::Release);
-            let object = Arc::new(Object::System);
-            write()
+            let object = write()
                 .get_or_insert_default()
                 .by_file
-                .insert(id, object.clone());
+                .entry(id)
+                .or_insert_with(|| Arc::new(Object::System))
+                .clone();
             Found::Ours(object)
         }
         Some(_) => Found::Foreign,
@@ -103,13 +115,17 @@ pub fn publish(file: KvmFile, object: Object) -> Result<OwnedFd, Errno> {
     // From here on the program's opening is the only one, but for mappings.
     drop(own);
     let object = Arc::new(object);
+    // What these numbers meant before; dropped after the lock is released.
+    let _before;
     let mut guard = write();
     let table = guard.get_or_insert_default();
     if watchable && let Err(e) = table.watch(given.as_raw_fd(), id) {
         log::warn!("no inotify ({e}): a KVM object will live until the process ends");
     }
-    table.by_file.insert(id, object.clone());
-    table.by_fd.insert(given.as_raw_fd(), object);
+    _before = (
+        table.by_file.insert(id, object.clone()),
+        table.by_fd.insert(given.as_raw_fd(), object),
+    );
     Ok(given)
 }
 
@@ -186,31 +202,38 @@ impl Table {
     }
 }
 
-/// Forgets descriptors that have been closed, and drops objects that have none left.
-pub fn closed(first: RawFd, last: RawFd) {
-    // Most are the program's own, closed by many threads: those do not wait for each other.
-    let known = read().as_ref().is_some_and(|table| match first == last {
-        true => table.by_fd.contains_key(&first),
-        false => !table.by_fd.is_empty(),
-    });
-    if !known {
-        return;
+/// Forgets what descriptors mean; what they meant.
+pub fn forget(first: RawFd, last: RawFd) -> Vec<Arc<Object>> {
+    let range = first..=last;
+    let hit = |fd: &RawFd| range.contains(fd);
+    // Most descriptors are none of ours.
+    if !read().as_ref().is_some_and(|t| t.by_fd.keys().any(hit)) {
+        return Vec::new();
     }
-    let mut known = false;
-    if let Some(table) = write().as_mut() {
-        table.by_fd.retain(|fd, _| {
-            let hit = (first..=last).contains(fd);
-            known |= hit;
-            !hit
-        });
+    match write().as_mut() {
+        Some(table) => table
+            .by_fd
+            .extract_if(|fd, _| hit(fd))
+            .map(|(_, object)| object)
+            .collect(),
+        None => Vec::new(),
     }
-    if known {
+}
+
+/// Forgets descriptors that have been closed, and if one was `ours` drops objects that have none left.
+pub fn closed(first: RawFd, last: RawFd, ours: bool) {
+    let forgotten = forget(first, last);
+    if ours || !forgotten.is_empty() {
+        drop(forgotten);
         collect();
     }
 }
 
 /// Drops objects whose last descriptor or mapping is gone.
 pub fn collect() {
+    if read().as_ref().is_none_or(|t| t.by_watch.is_empty()) {
+        return;
+    }
     let gone = write().as_mut().map(Table::take_closed);
     // Outside of the lock: a VM's end takes a while, and may close descriptors.
     drop(gone);
