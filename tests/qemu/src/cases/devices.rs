@@ -48,16 +48,19 @@ pub(super) fn cases() -> Vec<Case> {
         for irqchip in ["on", "split", "off"] {
             cases.push(
                 Case::new(format!("device/irqchip-{irqchip}/{machine}"), move |run| {
+                    // Without the kernel's APICs QEMU 7.2 never forgets a startup IPI, and a second
+                    // CPU does nothing but take it.
+                    let cpus = if irqchip == "off" { 1 } else { 2 };
                     let mut machine = Machine::new(machine)
                         .kernel(Kernel::Generic)
-                        .smp("2")
+                        .smp(cpus.to_string())
                         .load(&["virtio_pci", "virtio_net", "af_packet"])
                         .with(NETWORK)
                         .with("virtio-net-pci,netdev=net");
                     machine.accel = format!(",kernel-irqchip={irqchip}");
                     let mut vm = Vm::boot(run, &machine)?;
                     trial::network(&mut vm.session)?;
-                    vm.works(2)?;
+                    vm.works(cpus)?;
                     vm.power_off().map(|()| None)
                 })
                 .kvm_only(),
