@@ -82,8 +82,9 @@ impl Kind {
                 command
             }
             Self::Tcg | Self::Microvm | Self::Qemu | Self::QemuMicrovm => {
+                // Without a clock chip Debian's kernel waits a second for one.
                 let machine = match self {
-                    Self::Microvm | Self::QemuMicrovm => "microvm,memory-backend=ram",
+                    Self::Microvm | Self::QemuMicrovm => "microvm,rtc=on,memory-backend=ram",
                     _ => "q35,memory-backend=ram",
                 };
                 let ram = format!("memory-backend-memfd,id=ram,size={memory},share=on");
