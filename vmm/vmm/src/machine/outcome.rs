@@ -65,6 +65,11 @@ impl fmt::Display for Crash {
                     write!(f, " ({bytes})")?;
                 }
             }
+            CrashReason::InternalError { suberror: 3, .. } => {
+                f.write_str(
+                    "the guest crashed: an exception whose handler or stack is not in memory",
+                )?;
+            }
             CrashReason::InternalError { suberror, .. } => {
                 write!(f, "the engine gave up with internal error {suberror}")?;
             }
