@@ -616,6 +616,11 @@ impl Vm {
         Ok(())
     }
 
+    /// The length of a bus cycle in nanoseconds, as KVM_CHECK_EXTENSION on the VM tells it.
+    pub fn apic_bus_cycle(&self) -> u32 {
+        self.apic_bus_cycle_ns.load(Ordering::Relaxed)
+    }
+
     /// KVM_CAP_X86_APIC_BUS_CYCLES_NS: the length of a bus cycle, which local APIC timers count.
     ///
     /// # Errors

@@ -7,7 +7,12 @@ use alloc::sync::Arc;
 use kvm_abi::{Errno, cap, kvm_enable_cap};
 
 /// KVM_CHECK_EXTENSION on `/dev/kvm`, or on a VM.
-pub(super) fn check(_vm: Option<&Vm>, capability: u64) -> u64 {
+pub(super) fn check(vm: Option<&Vm>, capability: u64) -> u64 {
+    if let Some(vm) = vm
+        && capability == u64::from(cap::nr::X86_APIC_BUS_CYCLES_NS)
+    {
+        return vm.apic_bus_cycle().into();
+    }
     let value = u32::try_from(capability).map_or(0, cap::value);
     u64::try_from(value).unwrap_or(0)
 }
