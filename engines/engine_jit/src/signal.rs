@@ -71,7 +71,11 @@ fn install() {
             let mut act = unsafe_zeroed();
             act.sa_sigaction = handler as *const () as usize;
             act.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-            libc::sigemptyset(&mut act.sa_mask);
+            // A signal stack may have room for one frame only: nothing but a fault comes on top.
+            libc::sigfillset(&mut act.sa_mask);
+            for fault in SIGNALS {
+                libc::sigdelset(&mut act.sa_mask, fault);
+            }
             libc::sigaction(sig, std::ptr::null(), &raw mut OLD[i]);
             libc::sigaction(sig, &act, std::ptr::null_mut());
         }

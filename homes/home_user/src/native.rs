@@ -249,16 +249,17 @@ fn chain(sig: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     if flags & libc::SA_RESETHAND != 0 {
         previous.0.store(libc::SIG_DFL, Ordering::Release);
     }
-    let own = 1 << (sig - 1);
     let mut mask = previous.2.load(Ordering::Relaxed);
     if flags & libc::SA_NODEFER == 0 {
-        mask |= own;
-    } else if mask & own == 0 {
-        change_mask(libc::SIG_UNBLOCK, own);
+        mask |= 1 << (sig - 1);
     }
-    if mask != 0 {
-        change_mask(libc::SIG_BLOCK, mask);
-    }
+    // SAFETY: the kernel passes a valid context. The first word of its mask is the one in use.
+    let before = unsafe {
+        (&raw const (*context.cast::<libc::ucontext_t>()).uc_sigmask)
+            .cast::<u64>()
+            .read_unaligned()
+    };
+    set_mask(before | mask);
     // SAFETY: the handler was installed for this signal. One without SA_SIGINFO ignores the second and
     // third argument, which are in registers.
     let handler: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) =
@@ -266,13 +267,13 @@ fn chain(sig: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     handler(sig, info, context);
 }
 
-/// Changes the thread's signal mask; the kernel restores it when the handler returns.
-fn change_mask(how: i32, set: u64) {
+/// Sets the thread's signal mask; the kernel restores it when the handler returns.
+fn set_mask(set: u64) {
     // SAFETY: the set outlives the call.
     unsafe {
         libc::syscall(
             libc::SYS_rt_sigprocmask,
-            how,
+            libc::SIG_SETMASK,
             &raw const set,
             core::ptr::null_mut::<u64>(),
             8,
@@ -325,6 +326,11 @@ pub fn install() {
                 let mut action: libc::sigaction = core::mem::zeroed();
                 action.sa_sigaction = on_fault as *const () as usize;
                 action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
+                // A signal stack may have room for one frame only: nothing but a fault comes on top.
+                libc::sigfillset(&mut action.sa_mask);
+                for fault in SIGNALS {
+                    libc::sigdelset(&mut action.sa_mask, fault);
+                }
                 libc::sigaction(sig, &action, core::ptr::null_mut());
             }
         }

@@ -3,6 +3,7 @@
 //! `cargo fuzz` explores them (see `fuzz/README.md`).
 
 pub mod devices;
+pub mod dropin;
 pub mod encoding;
 pub mod frames;
 pub mod guest;
@@ -37,5 +38,5 @@ macro_rules! targets {
 }
 
 targets!(
-    encoding, interpret, translate, guest, irqchip, kvm_calls, devices, loaders, frames
+    encoding, interpret, translate, guest, irqchip, kvm_calls, dropin, devices, loaders, frames
 );

@@ -53,5 +53,5 @@ macro_rules! smoke {
 
 smoke!(
     encoding 60_000, interpret 20_000, translate 10_000, guest 1_500, irqchip 10_000,
-    kvm_calls 400, devices 400, loaders 4_000, frames 1_500,
+    kvm_calls 400, dropin 200, devices 400, loaders 4_000, frames 1_500,
 );

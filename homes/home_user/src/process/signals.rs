@@ -421,17 +421,9 @@ const BEHIND: usize = 16;
 /// Puts a signal off until the library has done its work.
 fn defer(sig: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     set_mask(libc::SIG_BLOCK, bit(sig));
-    // Real-time signals queue, and this one was the first.
-    // SAFETY: zeroed is a valid siginfo.
-    let mut behind: [libc::siginfo_t; BEHIND] = unsafe { zeroed() };
-    let mut count = 0;
     if sig > INTERNAL[1] {
-        while count < BEHIND && take_pending(sig, &mut behind[count]) {
-            count += 1;
-        }
-    }
-    resend(sig, info);
-    for info in &mut behind[..count] {
+        resend_first(sig, info);
+    } else {
         resend(sig, info);
     }
     DEFERRED.set(DEFERRED.get() | bit(sig));
@@ -440,6 +432,21 @@ fn defer(sig: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
         let mask = &raw mut (*context.cast::<libc::ucontext_t>()).uc_sigmask;
         let mask = mask.cast::<u64>();
         mask.write_unaligned(mask.read_unaligned() | bit(sig));
+    }
+}
+
+/// Sends a real-time signal to this thread again, before those that have come meanwhile.
+#[inline(never)]
+fn resend_first(sig: i32, info: *mut libc::siginfo_t) {
+    // SAFETY: zeroed is a valid siginfo.
+    let mut behind: [libc::siginfo_t; BEHIND] = unsafe { zeroed() };
+    let mut count = 0;
+    while count < BEHIND && take_pending(sig, &mut behind[count]) {
+        count += 1;
+    }
+    resend(sig, info);
+    for info in &mut behind[..count] {
+        resend(sig, info);
     }
 }
 
