@@ -242,7 +242,13 @@ impl Vm {
     /// # Errors
     /// If it fails or does not end.
     pub fn command(&mut self, command: &str) -> Result<String> {
-        Ok(self.session.command(command, ANSWER)?)
+        let said = self.session.command(command, ANSWER)?;
+        // The shell tells of its jobs' ends between.
+        let lines = said
+            .lines()
+            .filter(|line| !(line.starts_with('[') && line.contains("+  Done ")))
+            .filter(|line| !(line.starts_with('[') && line.contains("-  Done ")));
+        Ok(lines.collect::<Vec<_>>().join("\n"))
     }
 
     /// The guest has `cpus` processors that compute right, and nothing to complain about.

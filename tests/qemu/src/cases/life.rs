@@ -42,7 +42,12 @@ pub(super) fn cases() -> Vec<Case> {
 
 /// From outside, and twice from inside.
 fn reset(run: &Run, machine: &str) -> Result {
-    let machine = Machine::new(machine).smp("2");
+    let machine = match machine {
+        // It has nothing to reset with; QEMU's manual says to ask for a triple fault.
+        "microvm" => Machine::new(machine).append("reboot=t"),
+        _ => Machine::new(machine),
+    };
+    let machine = machine.smp("2");
     let mut vm = Vm::boot(run, &machine)?;
     vm.command("echo here >/tmp/here")?;
     vm.qmp.execute("system_reset", json!({}))?;
@@ -99,25 +104,26 @@ fn sleep(run: &Run, machine: &str) -> Result {
 
 fn stop_cont(run: &Run) -> Result {
     let mut vm = Vm::boot(run, &Machine::new("q35").smp("2"))?;
-    vm.session
-        .type_in("while [ ! -e /tmp/stop ]; do echo -n .; sleep 0.05; done &\n")?;
+    for cpu in 0..2 {
+        vm.session.type_in(&format!(
+            "taskset -c {cpu} sh -c 'while [ ! -e /tmp/stop ]; do true; done' </dev/null &\n"
+        ))?;
+    }
     for _ in 0..3 {
-        vm.session.expect(".", SOON)?;
+        vm.command("true")?;
         vm.qmp.execute("stop", json!({}))?;
-        // What was on its way.
-        std::thread::sleep(Duration::from_millis(200));
-        let before = vm.session.drained();
-        std::thread::sleep(Duration::from_millis(500));
-        let after = vm.session.drained();
-        ensure(before == after, || {
-            "a stopped guest goes on writing".to_owned()
+        let before = vm.qmp.human("info registers -a")?;
+        std::thread::sleep(Duration::from_millis(300));
+        let after = vm.qmp.human("info registers -a")?;
+        ensure(before == after && before.contains("RIP="), || {
+            format!("a stopped guest goes on: {before} {after}")
         })?;
         vm.qmp.execute("cont", json!({}))?;
-        vm.session.skip();
-        vm.session.expect("....", SOON)?;
+        std::thread::sleep(Duration::from_millis(300));
+        let running = vm.qmp.human("info registers -a")?;
+        ensure(running != before, || "the guest does not go on".to_owned())?;
     }
-    vm.session.type_in(": >/tmp/stop\n")?;
-    std::thread::sleep(Duration::from_millis(300));
+    vm.command("touch /tmp/stop")?;
     vm.works(2)?;
     vm.power_off()
 }

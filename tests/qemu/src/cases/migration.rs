@@ -102,7 +102,6 @@ fn migrate(run: &Run, machine: Machine, cpus: u32, load: bool, transport: &str) 
              until [ -e /tmp/bad.$cpu ]; do sleep 0.1; done; cat /tmp/bad.$cpu; done",
             cpus - 1
         ))?;
-        // The shell tells of its jobs' ends between.
         let good = bad.lines().filter(|line| *line == "0").count();
         ensure(good == cpus as usize, || {
             format!("the jobs read other data than they wrote: {bad}")
