@@ -68,6 +68,8 @@ pub(crate) struct VcpuEnv {
     pub user_cr8: u64,
     pub run: RunPage,
     pub inflight: InFlight,
+    /// The generation of the memslots when the last turn began.
+    pub slots_seen: u64,
     pub events: Events,
     /// Guest memory that the host does not have: KVM_RUN ends with EFAULT.
     pub host_fault: bool,
@@ -124,6 +126,7 @@ impl VcpuEnv {
             user_cr8: 0,
             run,
             inflight: InFlight::default(),
+            slots_seen: 0,
             events: Events::default(),
             host_fault: false,
             // Without an in-kernel local APIC nobody could start the others.
@@ -377,8 +380,24 @@ impl VcpuEnv {
         Ok(())
     }
 
+    /// Counts the changes of the memslots that the vCPU sees now.
+    pub fn slots_generation(&self) -> u64 {
+        if self.smm {
+            self.vm.smram.generation()
+        } else {
+            self.vm.memory.generation()
+        }
+    }
+
     /// Fills `kvm_run` for an access; the run loop returns to user space with it.
     fn ask_user(&mut self, op: Op, data: &[u8], count: u16) -> Result<(), Stop> {
+        if matches!(op, Op::Read(_) | Op::Write(_))
+            && self.inflight.is_empty()
+            && self.slots_seen != self.slots_generation()
+        {
+            // The page walk may have found other slots than the access: both once more, in another turn.
+            return Err(Stop::Exit(Exit::Interrupted));
+        }
         let len = data.len().min(8);
         self.inflight.pending = Some(Pending {
             op,

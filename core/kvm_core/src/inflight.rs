@@ -76,6 +76,11 @@ pub struct InFlight {
 }
 
 impl InFlight {
+    /// The instruction has made no access yet.
+    pub fn is_empty(&self) -> bool {
+        self.done.is_empty() && self.input.is_none()
+    }
+
     /// What the next access was, if it was made before.
     pub fn next(&self) -> Option<Op> {
         self.done.get(self.cursor).map(|access| access.op)

@@ -97,6 +97,7 @@ impl Vcpu {
         // First the flag, then what it stands for: whatever is raised from here on makes the engine
         // return at once.
         self.engine.clear_attention();
+        self.env.slots_seen = self.env.slots_generation();
         self.env.sync_pv_eoi();
         self.check_host_fault()?;
         self.check_user_exit()?;
