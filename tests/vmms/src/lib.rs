@@ -1,11 +1,12 @@
 //! Published software that knows nothing of AnyKVM, over AnyKVM: the tests of the crate `kvm-ioctls`, the
-//! VMM `alioth` booting Linux, libvirt driving QEMU. `cargo run --release -p vmms_e2e` runs all of it,
+//! VMM `alioth` booting Linux, libkrun, libvirt driving QEMU. `cargo run --release -p vmms_e2e` runs all of it,
 //! `cargo test -p vmms_e2e` what does not take long.
 //!
 //! Each part fetches what it needs: crates with cargo, Debian's packages with apt.
 
 pub mod alioth;
 pub mod kvm_ioctls;
+pub mod libkrun;
 pub mod libvirt;
 mod terminal;
 

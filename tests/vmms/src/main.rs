@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, ValueEnum};
-use vmms_e2e::{Outcome, alioth, kvm_ioctls, libvirt};
+use vmms_e2e::{Outcome, alioth, kvm_ioctls, libkrun, libvirt};
 
 /// Runs published software that uses KVM over AnyKVM
 #[derive(Parser)]
@@ -23,6 +23,8 @@ enum Part {
     KvmIoctls,
     /// The VMM alioth boots Linux
     Alioth,
+    /// libkrun runs a program
+    Libkrun,
     /// libvirt drives QEMU
     Libvirt,
 }
@@ -42,6 +44,13 @@ fn main() -> ExitCode {
                 (
                     name,
                     result.map(|time| format!("{:.1} s to the shell", time.as_secs_f64())),
+                )
+            }),
+            Part::Libkrun => each(&libkrun::CPUS, |&cpus| {
+                let result = libkrun::run(cpus, &cli.engine);
+                (
+                    format!("libkrun, CPUs: {cpus}"),
+                    result.map(|time| format!("{:.1} s from start to end", time.as_secs_f64())),
                 )
             }),
             Part::Libvirt => each(&libvirt::WAYS, |way| {

@@ -1,6 +1,6 @@
 //! What does not take long.
 
-use vmms_e2e::{Outcome, alioth, kvm_ioctls, libvirt};
+use vmms_e2e::{Outcome, alioth, kvm_ioctls, libkrun, libvirt};
 
 fn pass<T>(what: &str, result: Result<T, Outcome>) -> Option<T> {
     match result {
@@ -52,6 +52,21 @@ fn alioth_boots_linux() {
                 machine.name,
                 time.as_secs_f64()
             );
+        }
+    }
+}
+
+#[test]
+fn libkrun_runs_a_program() {
+    if !libkrun::built() {
+        println!(
+            "SKIPPED: libkrun takes minutes to build; `cargo run --release -p vmms_e2e -- libkrun` does it"
+        );
+        return;
+    }
+    for cpus in libkrun::CPUS {
+        if let Some(time) = pass("libkrun", libkrun::run(cpus, "jit")) {
+            println!("libkrun, {cpus} CPUs: {:.1} s", time.as_secs_f64());
         }
     }
 }

@@ -67,7 +67,15 @@ fn answer(fd: RawFd, cmd: u32, arg: u64) -> Option<Result<u64, Errno>> {
         table::Found::Foreign => return Some(Err(Errno::EIO)),
         table::Found::Nothing => return None,
     };
-    Some(object.ioctl(cmd, arg))
+    let answer = object.ioctl(cmd, arg);
+    // KVM_RUN fails in the normal course of things, whenever a signal comes.
+    if cmd != kvm_abi::ioctl::KVM_RUN {
+        match &answer {
+            Ok(value) => log::trace!("ioctl {cmd:#010x} of descriptor {fd}: {value}"),
+            Err(e) => log::debug!("ioctl {cmd:#010x} ({arg:#x}) of descriptor {fd}: {e}"),
+        }
+    }
+    Some(answer)
 }
 
 /// What a descriptor is, for fstat.
