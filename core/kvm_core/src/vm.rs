@@ -29,8 +29,8 @@ use kvm_abi::{
     kvm_pit_state, kvm_pit_state2, x2apic_api,
 };
 
-/// Most pins that KVM_CAP_SPLIT_IRQCHIP reserves.
-const MAX_RESERVED_PINS: u64 = irqchip::ioapic::PINS as u64;
+/// Most pins that KVM_CAP_SPLIT_IRQCHIP reserves: user space may have several I/O APICs, or large ones.
+const MAX_RESERVED_PINS: u64 = irqchip::MAX_ROUTES as u64;
 /// Fewest pages for KVM_SET_NR_MMU_PAGES (KVM_MIN_ALLOC_MMU_PAGES).
 const MIN_MMU_PAGES: u32 = 64;
 /// KVM_PIT_SPEAKER_DUMMY

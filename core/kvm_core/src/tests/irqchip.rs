@@ -47,8 +47,8 @@ fn handler(memory: &crate::shared_memory::Window, vector: u8, code: &[u8]) {
 #[test]
 fn rules_of_creation() {
     let one = vm();
-    assert_eq!(one.enable_split_irqchip(25), Err(Errno::EINVAL));
-    one.enable_split_irqchip(24).unwrap();
+    assert_eq!(one.enable_split_irqchip(4097), Err(Errno::EINVAL));
+    one.enable_split_irqchip(120).unwrap();
     assert_eq!(one.enable_split_irqchip(24), Err(Errno::EEXIST));
     assert_eq!(one.create_irqchip(), Err(Errno::EEXIST));
     assert!(one.irqchip_in_kernel() && !one.pic_in_kernel());

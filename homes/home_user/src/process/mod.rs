@@ -72,7 +72,14 @@ fn answer(fd: RawFd, cmd: u32, arg: u64) -> Option<Result<u64, Errno>> {
     if cmd != kvm_abi::ioctl::KVM_RUN {
         match &answer {
             Ok(value) => log::trace!("ioctl {cmd:#010x} of descriptor {fd}: {value}"),
-            Err(e) => log::debug!("ioctl {cmd:#010x} ({arg:#x}) of descriptor {fd}: {e}"),
+            Err(e) if log::log_enabled!(log::Level::Debug) => {
+                // Of a struct, its first words say most: the capability, the slot, the MSR.
+                let mut words = [[0; 4]; 4];
+                let _ = memory::read(arg, words.as_flattened_mut());
+                let words = words.map(u32::from_ne_bytes);
+                log::debug!("ioctl {cmd:#010x} ({arg:#x}: {words:x?}) of descriptor {fd}: {e}");
+            }
+            Err(_) => {}
         }
     }
     Some(answer)
