@@ -207,7 +207,9 @@ fn leaf1_ecx_of(host: u32, xcr0: u64) -> u32 {
     if xcr0 & xcr0::AVX != 0 {
         pass |= c::AVX | c::FMA | c::F16C;
     }
-    host & pass | c::PCID | c::X2APIC | c::TSC_DEADLINE | c::HYPERVISOR
+    // TSC_DEADLINE needs the local APICs here: KVM_CAP_TSC_DEADLINE_TIMER tells of it, and user space
+    // that has them sets the bit itself.
+    host & pass | c::PCID | c::X2APIC | c::HYPERVISOR
 }
 
 fn leaf1_edx_of(host: u32) -> u32 {

@@ -220,7 +220,11 @@ impl Vm {
         };
         for e in cpuid.as_mut_slice() {
             match e.function {
-                1 => e.ebx = e.ebx & 0x00ff_ffff | (id as u32) << 24,
+                1 => {
+                    e.ebx = e.ebx & 0x00ff_ffff | (id as u32) << 24;
+                    // KVM_CAP_TSC_DEADLINE_TIMER tells of it.
+                    e.ecx |= 1 << 24;
+                }
                 0xb | 0x1f => e.edx = id as u32,
                 _ => {}
             }

@@ -121,8 +121,12 @@ impl Machine {
     /// A vCPU in real mode at [`ENTRY`], CS = 0, with all supported CPUID.
     pub fn vcpu(&self, id: u64) -> Vcpu {
         let vcpu = self.vm.create_vcpu(id).unwrap();
-        vcpu.set_cpuid2(&self.system.get_supported_cpuid(256).unwrap())
-            .unwrap();
+        let mut cpuid = self.system.get_supported_cpuid(256).unwrap();
+        for entry in cpuid.as_mut_slice().iter_mut().filter(|e| e.function == 1) {
+            // KVM_CAP_TSC_DEADLINE_TIMER tells of it.
+            entry.ecx |= 1 << 24;
+        }
+        vcpu.set_cpuid2(&cpuid).unwrap();
         if id == 0 {
             let mut sregs = vcpu.get_sregs().unwrap();
             sregs.cs.base = 0;
