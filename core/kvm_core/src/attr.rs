@@ -47,6 +47,7 @@ impl Vcpu {
         self.has_device_attr(group, number)?;
         let now = self.env.vm.host.tsc();
         *self.env.vm.tsc.lock() = TscWrite {
+            by_user: true,
             valid: true,
             host_tsc: now,
             value: now.wrapping_add(value),

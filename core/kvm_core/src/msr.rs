@@ -659,7 +659,8 @@ impl VcpuEnv {
 
     /// Starts the TSC of a new vCPU: 0 for the first, in step with it for the others.
     pub fn init_tsc(&mut self, cpu: &mut CpuState) {
-        self.write_tsc(cpu, 0, true);
+        let offset = self.host_tsc_write(0, false);
+        self.set_tsc_offset(cpu, offset);
     }
 
     pub fn set_tsc_offset(&mut self, cpu: &mut CpuState, offset: u64) {
@@ -670,30 +671,40 @@ impl VcpuEnv {
     }
 
     /// A write of IA32_TSC. Values that user space writes to several vCPUs within about a second of
-    /// the same moment mean that they shall be synchronized, as in KVM.
+    /// the same moment mean that they shall be synchronized, as in KVM (since Linux 6.7 not with the 0 that vCPUs
+    /// start with: a VM that is restored may have been young).
     fn write_tsc(&mut self, cpu: &mut CpuState, value: u64, host: bool) {
-        let now = self.vm.host.tsc();
-        let mut offset = value.wrapping_sub(now);
-        if host {
-            let hz = u64::from(self.vm.host.tsc_khz()) * 1000;
-            let mut last = self.vm.tsc.lock();
-            if last.valid {
-                let expected = last.value.wrapping_add(now.wrapping_sub(last.host_tsc));
-                if value == 0 || value.abs_diff(expected) < hz {
-                    offset = last.offset;
-                }
-            }
-            *last = crate::vm::TscWrite {
-                valid: true,
-                host_tsc: now,
-                value: now.wrapping_add(offset),
-                offset,
-            };
+        let offset = if host {
+            self.host_tsc_write(value, true)
         } else {
+            let offset = value.wrapping_sub(self.vm.host.tsc());
             let delta = offset.wrapping_sub(cpu.tsc_offset);
             self.msrs.tsc_adjust = self.msrs.tsc_adjust.wrapping_add(delta);
-        }
+            offset
+        };
         self.set_tsc_offset(cpu, offset);
+    }
+
+    /// The offset for a TSC that is `value` now.
+    fn host_tsc_write(&self, value: u64, by_user: bool) -> u64 {
+        let now = self.vm.host.tsc();
+        let mut offset = value.wrapping_sub(now);
+        let hz = u64::from(self.vm.host.tsc_khz()) * 1000;
+        let mut last = self.vm.tsc.lock();
+        if last.valid {
+            let expected = last.value.wrapping_add(now.wrapping_sub(last.host_tsc));
+            if value == 0 || last.by_user && value.abs_diff(expected) < hz {
+                offset = last.offset;
+            }
+        }
+        *last = crate::vm::TscWrite {
+            valid: true,
+            by_user: by_user || last.by_user,
+            host_tsc: now,
+            value: now.wrapping_add(offset),
+            offset,
+        };
+        offset
     }
 
     /// Tells the guest that it was stopped (KVM_KVMCLOCK_CTRL), so that its watchdogs keep still.

@@ -50,6 +50,8 @@ mod irqchip_mode {
 #[derive(Clone, Copy, Default)]
 pub(crate) struct TscWrite {
     pub(crate) valid: bool,
+    /// User space has written one, and not only the making of a vCPU.
+    pub(crate) by_user: bool,
     pub(crate) host_tsc: u64,
     pub(crate) value: u64,
     pub(crate) offset: u64,

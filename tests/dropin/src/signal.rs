@@ -1,10 +1,10 @@
 //! Signals: handlers, masks, and who sends them.
 
-use crate::kvm::errno;
+use crate::kvm::{errno, progress};
 use libc::{c_int, pthread_t, siginfo_t, sigset_t};
 use std::mem::zeroed;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A handler with SA_SIGINFO.
 pub type Handler = extern "C" fn(c_int, *mut siginfo_t, *mut libc::c_void);
@@ -122,9 +122,15 @@ impl Target {
         unsafe { pthread_sigqueue(self.0, signal, value) };
     }
 
-    /// Sends a signal after a while, from another thread.
+    /// Sends a signal from another thread, a while after the guest runs: one that counts is seen to, any other is
+    /// given time.
     pub fn send_later(self, signal: c_int, after_ms: u64) -> JoinHandle<()> {
+        let before = progress();
         std::thread::spawn(move || {
+            let start = Instant::now();
+            while progress() == before && start.elapsed() < Duration::from_millis(300) {
+                std::thread::sleep(Duration::from_micros(100));
+            }
             std::thread::sleep(Duration::from_millis(after_ms));
             self.send(signal);
         })

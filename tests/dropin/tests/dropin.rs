@@ -60,5 +60,6 @@ cases! {
     blocked_and_ignored signal_mask signal_mask_default signal_mask_blocks immediate_exit signalfd
     cancel_elsewhere
     bad_pointers bad_numbers
+    state_of_modes state_of_everything state_of_two
     nothing_opened cost
 }

@@ -249,11 +249,13 @@ extern "C" fn note(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
     let n = HANDLED.fetch_add(1, SeqCst) as usize;
     // SAFETY: the kernel passes a valid siginfo.
     ORDER[n % 64].store(value_of(unsafe { &*info }), SeqCst);
+    stop_next_run();
 }
 
 /// Real-time signals arrive all, with what they carry, and in order.
 pub fn realtime_queues() {
     let (_vm, vcpu) = spinning();
+    RUN.store(vcpu.run as usize, SeqCst);
     let signal = libc::SIGRTMIN() + 3;
     let me = Target::me();
     let mut disorder = 0;
@@ -267,7 +269,12 @@ pub fn realtime_queues() {
                     me.queue(signal, 1000 + n);
                 }
             });
-            while handled() < first + 10 {
+            loop {
+                // Before the look at what has come, so that the last one cannot be missed.
+                vcpu.set_immediate_exit(0);
+                if handled() >= first + 10 {
+                    break;
+                }
                 assert_eq!(vcpu.run(), -libc::EINTR);
             }
             sender.join().expect("the sender");
@@ -418,20 +425,30 @@ pub fn storm() {
     vcpu.close();
 }
 
+/// Where the vCPU's mapping is, for handlers that stop it.
+static RUN: AtomicUsize = AtomicUsize::new(0);
+
+fn stop_next_run() {
+    let run = RUN.load(SeqCst);
+    if run != 0 {
+        let vcpu = Vcpu {
+            fd: -1,
+            run: run as *mut _,
+        };
+        vcpu.set_immediate_exit(1);
+    }
+}
+
 extern "C" fn set_immediate_exit(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
     HANDLED.fetch_add(1, SeqCst);
-    let vcpu = Vcpu {
-        fd: -1,
-        run: SEEN.load(SeqCst) as *mut _,
-    };
-    vcpu.set_immediate_exit(1);
+    stop_next_run();
 }
 
 /// How VMMs stop a vCPU without a race: the handler sets immediate_exit.
 pub fn handler_calls_back() {
     let vm = Vm::new(DOWN_OUT);
     let vcpu = vm.vcpu(0);
-    SEEN.store(vcpu.run as usize, SeqCst);
+    RUN.store(vcpu.run as usize, SeqCst);
     handle(libc::SIGUSR1, set_immediate_exit, 0, &[]);
     for n in 0..200 {
         vm.set_counter(u32::MAX);

@@ -7,6 +7,7 @@ mod masks;
 mod nothing;
 mod paths;
 mod processes;
+mod state;
 mod threads;
 
 macro_rules! cases {
@@ -26,5 +27,6 @@ cases! {
     masks: blocked_and_ignored signal_mask signal_mask_default signal_mask_blocks immediate_exit signalfd
         cancel_elsewhere;
     arguments: bad_pointers bad_numbers;
+    state: state_of_modes state_of_everything state_of_two;
     nothing: nothing_opened cost;
 }
