@@ -131,6 +131,8 @@ fn suits(path: &Path) -> Result<(), Error> {
     let _ = file.by_ref().take(64 << 10).read_to_end(&mut head);
     match Loader::of(&head) {
         Loader::Gnu | Loader::NotElf => Ok(()),
+        // The loader itself, with a program as its argument: it loads what is asked for before it.
+        Loader::Static if path.file_name().is_some_and(|name| name == LOADER) => Ok(()),
         Loader::Static => Err(not_runnable(path, "it is statically linked").hint(
             "AnyKVM reaches programs through the C library, which this one brings itself; \
              use a dynamically linked build of it",
@@ -139,6 +141,9 @@ fn suits(path: &Path) -> Result<(), Error> {
             .hint("only programs for x86-64 with the GNU C library can be served")),
     }
 }
+
+/// The GNU C library's loader for x86-64.
+const LOADER: &str = "ld-linux-x86-64.so.2";
 
 /// Who loads a program.
 #[derive(Debug, PartialEq, Eq)]
@@ -190,7 +195,10 @@ impl Loader {
                 .and_then(|(start, len)| head.get(start..start.checked_add(len)?));
             let name = String::from_utf8_lossy(name.unwrap_or_default());
             let name = name.trim_end_matches('\0');
-            return if name.ends_with("/ld-linux-x86-64.so.2") {
+            return if name
+                .rsplit_once('/')
+                .is_some_and(|(_, file)| file == LOADER)
+            {
                 Loader::Gnu
             } else {
                 Loader::Other(name.to_owned())

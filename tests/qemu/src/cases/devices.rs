@@ -61,6 +61,7 @@ pub(super) fn cases() -> Vec<Case> {
                     let mut vm = match Vm::boot(run, &machine) {
                         // Since QEMU 11.
                         Err(Error::Wrong(why)) if why.contains("not support userspace APIC") => {
+                            eprintln!("QEMU {} cannot do that", run.emulator.version);
                             return Ok(None);
                         }
                         started => started?,
