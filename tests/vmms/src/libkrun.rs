@@ -33,6 +33,7 @@ fn main() {
     let path = CString::new("PATH=/bin").unwrap();
     let dash = CString::new("-c").unwrap();
     let shell = CString::new("/bin/sh").unwrap();
+    // SAFETY: libkrun's calls; the strings and arrays outlive them.
     unsafe {
         let vm = krun::krun_create_ctx();
         assert!(vm >= 0);
