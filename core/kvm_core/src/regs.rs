@@ -97,6 +97,20 @@ fn le64(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(b)
 }
 
+/// The registers that `kvm_sregs` and `kvm_sregs2` share, and the rest of the one that is made.
+macro_rules! same_sregs {
+    ($from:expr => $to:ident { $($rest:tt)* }) => {{
+        let s = $from;
+        $to {
+            cs: s.cs, ds: s.ds, es: s.es, fs: s.fs, gs: s.gs, ss: s.ss, tr: s.tr, ldt: s.ldt,
+            gdt: s.gdt, idt: s.idt,
+            cr0: s.cr0, cr2: s.cr2, cr3: s.cr3, cr4: s.cr4, cr8: s.cr8,
+            efer: s.efer, apic_base: s.apic_base,
+            $($rest)*
+        }
+    }};
+}
+
 impl Vcpu {
     // General and system registers.
 
@@ -201,27 +215,10 @@ impl Vcpu {
         let s = self.sregs();
         let cpu = self.engine.cpu_ref();
         let pae = cpu.cr0 & cr0::PG != 0 && cpu.cr4 & cr4::PAE != 0 && cpu.efer & efer::LMA == 0;
-        kvm_sregs2 {
-            cs: s.cs,
-            ds: s.ds,
-            es: s.es,
-            fs: s.fs,
-            gs: s.gs,
-            ss: s.ss,
-            tr: s.tr,
-            ldt: s.ldt,
-            gdt: s.gdt,
-            idt: s.idt,
-            cr0: s.cr0,
-            cr2: s.cr2,
-            cr3: s.cr3,
-            cr4: s.cr4,
-            cr8: s.cr8,
-            efer: s.efer,
-            apic_base: s.apic_base,
+        same_sregs!(s => kvm_sregs2 {
             flags: if pae { PDPTRS_VALID } else { 0 },
             pdptrs: if pae { cpu.pdptrs } else { [0; 4] },
-        }
+        })
     }
 
     /// KVM_SET_SREGS2.
@@ -234,26 +231,9 @@ impl Vcpu {
         if s.flags & !PDPTRS_VALID != 0 || given && !pae {
             return Err(Errno::EINVAL);
         }
-        self.set_sregs_common(&kvm_sregs {
-            cs: s.cs,
-            ds: s.ds,
-            es: s.es,
-            fs: s.fs,
-            gs: s.gs,
-            ss: s.ss,
-            tr: s.tr,
-            ldt: s.ldt,
-            gdt: s.gdt,
-            idt: s.idt,
-            cr0: s.cr0,
-            cr2: s.cr2,
-            cr3: s.cr3,
-            cr4: s.cr4,
-            cr8: s.cr8,
-            efer: s.efer,
-            apic_base: s.apic_base,
+        self.set_sregs_common(&same_sregs!(s => kvm_sregs {
             interrupt_bitmap: [0; 4],
-        })?;
+        }))?;
         if given {
             self.engine.cpu().pdptrs = s.pdptrs;
         }

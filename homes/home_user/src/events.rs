@@ -51,7 +51,11 @@ pub fn last_errno() -> Errno {
     )
 }
 
-fn owned(fd: RawFd) -> Result<OwnedFd, Errno> {
+/// What a system call that makes a descriptor returned.
+///
+/// # Errors
+/// What the system call says.
+pub fn owned(fd: RawFd) -> Result<OwnedFd, Errno> {
     if fd < 0 {
         return Err(last_errno());
     }

@@ -1,11 +1,11 @@
 //! The memfds behind descriptors.
 #![expect(unsafe_code, reason = "memfd_create, fstat, seals")]
 
-use crate::events::last_errno;
+use crate::events::{last_errno, owned};
 use kvm_abi::Errno;
 use std::ffi::CStr;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 /// Names of the memfds; `/proc/self/fd` shows them.
 pub const SYSTEM: &CStr = c"anykvm";
@@ -19,14 +19,6 @@ pub const STATS: &CStr = c"anykvm-stats";
 pub struct FileId {
     dev: u64,
     ino: u64,
-}
-
-fn owned(fd: RawFd) -> Result<OwnedFd, Errno> {
-    if fd < 0 {
-        return Err(last_errno());
-    }
-    // SAFETY: a system call has just returned this descriptor, so nobody else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// The inode behind a descriptor, if there is one.

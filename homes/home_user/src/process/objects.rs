@@ -5,7 +5,7 @@ use super::shared::{self, CoalescedPage, SharedPages};
 use super::signals::{self, RunMask};
 use super::stats::StatsFile;
 use super::{engine, memory, table};
-use crate::events::{EventFdEvent, duplicate};
+use crate::events::{EventFdEvent, borrow, duplicate};
 use crate::host::Bare;
 use crate::interrupt::Running;
 use crate::system::System;
@@ -18,7 +18,7 @@ use kvm_core::ioctl::device::{DeviceFile, Vfio};
 use kvm_core::ioctl::{self, Answer, Caller, SystemFile, VcpuFile, VmFile};
 use kvm_core::shared_memory::SharedMemory;
 use kvm_core::stats::StatsImage;
-use std::os::fd::{BorrowedFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{IntoRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 /// A KVM object.
@@ -112,11 +112,6 @@ struct VmState {
 /// A VM.
 pub struct VmObject(Arc<VmState>);
 
-/// A descriptor's number, checked to be one.
-fn borrowed(fd: RawFd) -> Result<BorrowedFd<'static>, Errno> {
-    crate::events::borrow(fd)
-}
-
 /// Held while the program's descriptors are looked at. That opens files for moments, and a program that closes
 /// a descriptor while another thread of it gives its number to us must not make us take one of those for it.
 fn looking_at_descriptors() -> MutexGuard<'static, ()> {
@@ -126,7 +121,7 @@ fn looking_at_descriptors() -> MutexGuard<'static, ()> {
 
 /// A duplicate of the eventfd with this number, which stays what it is.
 fn eventfd(fd: u32) -> Result<OwnedFd, Errno> {
-    let own = duplicate(&borrowed(fd as RawFd)?)?;
+    let own = duplicate(&borrow(fd as RawFd)?)?;
     EventFdEvent::checked(&own)?;
     Ok(own)
 }
@@ -165,7 +160,7 @@ impl VmFile for VmObject {
 
     fn event(&self, fd: i32) -> Result<Arc<dyn Event>, Errno> {
         let _alone = looking_at_descriptors();
-        let own = duplicate(&borrowed(fd)?)?;
+        let own = duplicate(&borrow(fd)?)?;
         Ok(Arc::new(EventFdEvent::checked(&own)?))
     }
 

@@ -4,11 +4,11 @@
 use super::files::{self, FileId, KvmFile, id_of};
 use super::objects::Object;
 use super::signals;
-use crate::events::last_errno;
+use crate::events::{last_errno, owned};
 use kvm_abi::Errno;
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -134,14 +134,10 @@ impl Table {
         let inotify = match &self.inotify {
             Some(inotify) => inotify,
             None => {
+                let flags = libc::IN_CLOEXEC | libc::IN_NONBLOCK;
                 // SAFETY: makes a new descriptor.
-                let fd = unsafe { libc::inotify_init1(libc::IN_CLOEXEC | libc::IN_NONBLOCK) };
-                if fd < 0 {
-                    return Err(last_errno());
-                }
-                // SAFETY: just made, nobody else owns it.
-                self.inotify
-                    .insert(Arc::new(unsafe { OwnedFd::from_raw_fd(fd) }))
+                let fd = owned(unsafe { libc::inotify_init1(flags) })?;
+                self.inotify.insert(Arc::new(fd))
             }
         };
         let path = format!("/proc/self/fd/{fd}\0");
