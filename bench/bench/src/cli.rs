@@ -31,6 +31,8 @@ pub enum Command {
     Boot,
     /// The workloads: natively, in AnyKVM, in QEMU TCG
     User,
+    /// Real programs of Debian 12 (a compiler, interpreters, compressors ...): the same three machines
+    Programs,
     /// Time of 'anykvm run -- true' and to the prompt of the default guest
     Prompt,
     /// Memory of the process beside the guest's RAM
@@ -52,6 +54,7 @@ impl Command {
         match self {
             Self::Boot => "boot",
             Self::User => "user",
+            Self::Programs => "programs",
             Self::Prompt => "prompt",
             Self::Memory => "memory",
             Self::Exits => "exits",
@@ -102,9 +105,13 @@ pub struct Options {
     )]
     pub qemu: PathBuf,
 
-    /// Memory of the guests, in MiB
-    #[arg(long, global = true, value_name = "MIB", default_value = "512", value_parser = clap::value_parser!(u32).range(64..))]
-    pub memory: u32,
+    /// Memory of the guests, in MiB [default: 512; 1024 for 'programs']
+    #[arg(long, global = true, value_name = "MIB", value_parser = clap::value_parser!(u32).range(64..))]
+    pub memory: Option<u32>,
+
+    /// Only write vmlinuz and initrd of 'user' or 'programs' to DIR, for a profiler's run
+    #[arg(long, global = true, value_name = "DIR")]
+    pub export: Option<PathBuf>,
 
     /// Also write everything measured to FILE
     #[arg(long, global = true, value_name = "FILE")]

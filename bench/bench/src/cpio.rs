@@ -1,6 +1,13 @@
 //! The smallest initial file system that starts the guest program: a "newc" archive (Linux,
 //! "initramfs buffer format").
 
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use crate::Result;
+
+const LINK: u32 = 0o120_777;
 const DIRECTORY: u32 = 0o040_755;
 const PROGRAM: u32 = 0o100_755;
 const CHARACTER_DEVICE: u32 = 0o020_600;
@@ -22,6 +29,45 @@ pub fn archive(init: &[u8], arguments: &str) -> Vec<u8> {
     );
     entry(&mut bytes, "TRAILER!!!", 0, (0, 0), &[]);
     bytes
+}
+
+/// An archive of all directories, files and symbolic links below `root`.
+///
+/// # Errors
+/// If one cannot be read.
+pub fn tree(root: &Path) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    below(&mut bytes, root, "")?;
+    entry(&mut bytes, "TRAILER!!!", 0, (0, 0), &[]);
+    Ok(bytes)
+}
+
+fn below(bytes: &mut Vec<u8>, root: &Path, directory: &str) -> Result<()> {
+    let place = root.join(directory);
+    let doing = |e| format!("cannot read {}: {e}", place.display());
+    let mut names: Vec<_> = std::fs::read_dir(&place)
+        .map_err(doing)?
+        .map(|found| Ok(found?.file_name()))
+        .collect::<std::io::Result<_>>()
+        .map_err(doing)?;
+    names.sort();
+    for name in names {
+        let name = format!("{directory}{}", name.to_string_lossy());
+        let path = root.join(&name);
+        let facts = path.symlink_metadata().map_err(doing)?;
+        let mode = facts.permissions().mode();
+        if facts.is_dir() {
+            entry(bytes, &name, DIRECTORY, (0, 0), &[]);
+            below(bytes, root, &(name + "/"))?;
+        } else if facts.is_symlink() {
+            let target = std::fs::read_link(&path).map_err(doing)?;
+            entry(bytes, &name, LINK, (0, 0), target.as_os_str().as_bytes());
+        } else {
+            let content = std::fs::read(&path).map_err(doing)?;
+            entry(bytes, &name, mode, (0, 0), &content);
+        }
+    }
+    Ok(())
 }
 
 fn entry(bytes: &mut Vec<u8>, name: &str, mode: u32, device: (u32, u32), content: &[u8]) {

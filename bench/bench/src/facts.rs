@@ -37,14 +37,18 @@ pub fn text(facts: &Value) -> String {
         Value::Null => "not measured".into(),
         other => other.to_string(),
     };
+    let setup_memory = &facts["guest_memory_mib"];
     let mut text = format!(
-        "host:   {}, {} CPUs, Linux {}, load {}\nguest:  Linux {}, {} MiB, 1 CPU, \"{}\"\nanykvm: {} (engine {})\ntcg:    {}",
+        "host:   {}, {} CPUs, Linux {}, load {}\nguest:  Linux {}, {}, 1 CPU, \"{}\"\nanykvm: {} (engine {})\ntcg:    {}",
         word("cpu"),
         word("cpus"),
         word("host_kernel"),
         word("load_before"),
         word("guest_kernel"),
-        word("guest_memory_mib"),
+        match setup_memory {
+            Value::Null => "512 MiB (programs: 1024)".to_owned(),
+            memory => format!("{memory} MiB"),
+        },
         word("command_line"),
         word("anykvm"),
         word("engine"),

@@ -64,7 +64,7 @@ impl Kind {
     /// in `arguments`. The guest's RAM has "guest-ram" in the name of its mappings.
     pub fn command(self, setup: &Setup, initrd: &Path, arguments: &str) -> Command {
         let missing = Path::new("missing");
-        let memory = format!("{}M", setup.options.memory);
+        let memory = format!("{}M", setup.memory());
         match self {
             Self::Native => {
                 let mut command = Command::new(&setup.guest);

@@ -11,6 +11,7 @@ mod exits;
 mod facts;
 mod machine;
 mod memory;
+mod programs;
 mod prompt;
 mod setup;
 mod statistics;
@@ -66,13 +67,14 @@ fn run(cli: &Cli) -> Result<bool> {
     if cli.command == Command::ExitsChild {
         return exits::child().map(|()| true);
     }
-    let setup = Setup::new(&cli.options)?;
+    let mut setup = Setup::new(&cli.options)?;
     let facts = facts::gather(&setup);
     println!("{}", facts::text(&facts));
     let commands = match cli.command {
         Command::All => vec![
             Command::Boot,
             Command::User,
+            Command::Programs,
             Command::Prompt,
             Command::Memory,
             Command::Exits,
@@ -84,9 +86,16 @@ fn run(cli: &Cli) -> Result<bool> {
     let mut good = true;
     for command in commands {
         println!();
+        // Programs, their initial file system and their files are all in memory.
+        setup.default_memory = if command == Command::Programs {
+            1024
+        } else {
+            512
+        };
         let outcome = match command {
             Command::Boot => boot::run(&setup, &[Kind::AnyKvm, Kind::Tcg, Kind::Microvm])?,
             Command::User => user::run(&setup, Kind::AnyKvm)?,
+            Command::Programs => programs::run(&setup)?,
             Command::Qemu => qemu(&setup)?,
             Command::Exits => exits::run(&setup)?,
             Command::Prompt => prompt::run(&setup)?,

@@ -81,7 +81,7 @@ pub fn run(setup: &Setup) -> Result<Outcome> {
 }
 
 fn anykvm_run(setup: &Setup, anykvm: &Path) -> Command {
-    let memory = format!("{}M", setup.options.memory);
+    let memory = format!("{}M", setup.memory());
     let mut command = Command::new(anykvm);
     command.args([
         "run",

@@ -26,6 +26,8 @@ pub struct Setup {
     /// The guest program, static.
     pub guest: PathBuf,
     guest_bytes: Vec<u8>,
+    /// Memory of the guests unless the user says how much, in MiB.
+    pub default_memory: u32,
     /// Files of this run.
     pub work: TempDir,
 }
@@ -70,6 +72,7 @@ impl Setup {
             kernel,
             guest,
             guest_bytes,
+            default_memory: 512,
             work,
         })
     }
@@ -78,6 +81,30 @@ impl Setup {
     pub fn native(&self) -> bool {
         let machines = &self.options.machines;
         machines.is_empty() || machines.contains(&Column::Native)
+    }
+
+    /// Memory of the guests, in MiB.
+    pub fn memory(&self) -> u32 {
+        self.options.memory.unwrap_or(self.default_memory)
+    }
+
+    /// Writes kernel and initial file system to `--export`'s directory, if it is given; whether it was.
+    ///
+    /// # Errors
+    /// If they cannot be written.
+    pub fn export(&self, initrd: &Path) -> Result<bool> {
+        let Some(directory) = &self.options.export else {
+            return Ok(false);
+        };
+        let doing = |e| format!("cannot write to {}: {e}", directory.display());
+        std::fs::create_dir_all(directory).map_err(doing)?;
+        std::fs::copy(&self.kernel, directory.join("vmlinuz")).map_err(doing)?;
+        std::fs::copy(initrd, directory.join("initrd")).map_err(doing)?;
+        println!(
+            "written: {0}/vmlinuz and {0}/initrd; run them with --append \"{COMMAND_LINE}\"",
+            directory.display()
+        );
+        Ok(true)
     }
 
     /// How many rounds to run.
@@ -92,9 +119,25 @@ impl Setup {
     /// If it cannot be written.
     pub fn initrd(&self, name: &str, arguments: &str) -> Result<PathBuf> {
         let path = self.work.path().join(name);
-        std::fs::write(&path, cpio::archive(&self.guest_bytes, arguments))
-            .map_err(|e| format!("cannot write {}: {e}", path.display()))?;
+        self.write(&path, cpio::archive(&self.guest_bytes, arguments))?;
         Ok(path)
+    }
+
+    /// The same, with the files below `tree`.
+    ///
+    /// # Errors
+    /// If they cannot be read, or it cannot be written.
+    pub fn initrd_with(&self, name: &str, arguments: &str, tree: &Path) -> Result<PathBuf> {
+        let path = self.work.path().join(name);
+        // The kernel unpacks one archive after the other.
+        let mut bytes = cpio::tree(tree)?;
+        bytes.extend(cpio::archive(&self.guest_bytes, arguments));
+        self.write(&path, bytes)?;
+        Ok(path)
+    }
+
+    fn write(&self, path: &Path, bytes: Vec<u8>) -> Result<()> {
+        std::fs::write(path, bytes).map_err(|e| format!("cannot write {}: {e}", path.display()))
     }
 }
 

@@ -1,6 +1,7 @@
 //! `bench user`, `bench qemu`: the workloads natively, in AnyKVM (or QEMU over it) and in QEMU's TCG.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -25,6 +26,8 @@ const USER_CODE: [&str; 3] = ["integer", "calls", "float"];
 struct Cell {
     /// One per repetition, all rounds, in milliseconds.
     times: Vec<f64>,
+    /// Of programs: the first run of each round, in milliseconds; not in `times`.
+    first: Vec<f64>,
     checksum: Option<String>,
     /// Why there is nothing: the CPU lacks an instruction.
     missing: Option<String>,
@@ -39,9 +42,11 @@ struct Workload {
     cells: BTreeMap<&'static str, Cell>,
 }
 
-struct Suite {
+struct Suite<'a> {
     /// The machine that is ours: AnyKVM, or QEMU over it.
     own: Kind,
+    /// As [`Work::together`].
+    together: &'a [&'a str],
     /// In the order of the first machine that reported them.
     workloads: Vec<Workload>,
     /// By machine: seconds of the guest's clock and of the host's, for each round.
@@ -50,27 +55,75 @@ struct Suite {
     broken: Vec<(Kind, String)>,
 }
 
+/// What the guest program is to do, and where.
+struct Work<'a> {
+    /// For messages.
+    name: &'a str,
+    /// Its arguments on the host.
+    native: String,
+    initrd: PathBuf,
+    /// The classes of a row of their own in the summary.
+    together: &'a [&'a str],
+}
+
 /// Runs the workloads on each machine in turn; `own` is ours.
 ///
 /// # Errors
 /// If nothing can be run, or a workload's name is not known.
 pub fn run(setup: &Setup, own: Kind) -> Result<Outcome> {
-    let rounds = setup.rounds(3);
+    let arguments = arguments(setup, "user", "list")?;
+    let work = Work {
+        name: "user",
+        initrd: setup.initrd("user.cpio", &arguments)?,
+        native: arguments,
+        together: &USER_CODE,
+    };
+    compare(setup, own, &work)
+}
+
+/// Runs the real programs of the root file system `root` on each machine in turn.
+///
+/// # Errors
+/// If nothing can be run, or a program's name is not known.
+pub fn programs(setup: &Setup, root: &Path) -> Result<Outcome> {
+    let arguments = arguments(setup, "programs", "list-programs")?;
+    let work = Work {
+        name: "programs",
+        initrd: setup.initrd_with("programs.cpio", &arguments, root)?,
+        native: format!("{arguments} --root {}", root.display()),
+        together: &[],
+    };
+    compare(setup, Kind::AnyKvm, &work)
+}
+
+/// The guest program's arguments for `what`; `list` names what there is.
+fn arguments(setup: &Setup, what: &str, list: &str) -> Result<String> {
     let (repetitions, divisor) = if setup.options.quick { (2, 4) } else { (5, 1) };
-    let mut arguments = format!("user --reps {repetitions} --divide {divisor}");
+    let mut arguments = format!("{what} --reps {repetitions} --divide {divisor}");
     if !setup.options.only.is_empty() {
-        check_names(setup)?;
+        check_names(setup, list)?;
         arguments += &format!(" --only {}", setup.options.only.join(","));
     }
-    let initrd = setup.initrd("user.cpio", &arguments)?;
+    Ok(arguments)
+}
+
+fn compare(setup: &Setup, own: Kind, work: &Work<'_>) -> Result<Outcome> {
+    if setup.export(&work.initrd)? {
+        return Ok(Outcome {
+            json: Value::Null,
+            good: true,
+        });
+    }
+    let rounds = setup.rounds(3);
     let kinds = Kind::available(setup, &[Kind::Native, own, Kind::Tcg]);
-    let mut suite = Suite::new(own);
+    let mut suite = Suite::new(own, work.together);
+    let name = work.name;
     for round in 1..=rounds {
         for &kind in &kinds {
-            eprintln!("user: round {round} of {rounds}, {}", kind.name());
-            let machine = Machine::start(kind.command(setup, &initrd, &arguments))?;
+            eprintln!("{name}: round {round} of {rounds}, {}", kind.name());
+            let machine = Machine::start(kind.command(setup, &work.initrd, &work.native))?;
             if let Err(why) = suite.follow(kind, machine) {
-                eprintln!("user: {} failed: {why}", kind.name());
+                eprintln!("{name}: {} failed: {why}", kind.name());
                 suite.broken.push((kind, why));
             }
         }
@@ -89,9 +142,9 @@ pub fn run(setup: &Setup, own: Kind) -> Result<Outcome> {
 }
 
 /// Asks the guest program, here on the host, for its names.
-fn check_names(setup: &Setup) -> Result<()> {
+fn check_names(setup: &Setup, list: &str) -> Result<()> {
     let output = std::process::Command::new(&setup.guest)
-        .arg("list")
+        .arg(list)
         .output()
         .map_err(|e| format!("cannot run {}: {e}", setup.guest.display()))?;
     let list = String::from_utf8_lossy(&output.stdout);
@@ -108,10 +161,11 @@ fn check_names(setup: &Setup) -> Result<()> {
     Ok(())
 }
 
-impl Suite {
-    fn new(own: Kind) -> Self {
+impl<'a> Suite<'a> {
+    fn new(own: Kind, together: &'a [&'a str]) -> Self {
         Self {
             own,
+            together,
             workloads: Vec::new(),
             clocks: BTreeMap::new(),
             broken: Vec::new(),
@@ -166,6 +220,8 @@ impl Suite {
                 let times = record["ns"].as_array().into_iter().flatten();
                 cell.times
                     .extend(times.filter_map(Value::as_f64).map(|ns| ns / 1e6));
+                let first = record["first_ns"].as_f64();
+                cell.first.extend(first.map(|ns| ns / 1e6));
                 let checksum = text("checksum");
                 if cell
                     .checksum
@@ -192,6 +248,7 @@ impl Suite {
                 }
                 if cell.failed.is_some() {
                     cell.times.clear();
+                    cell.first.clear();
                 }
             }
         }
@@ -232,6 +289,7 @@ impl Suite {
         let head = ["class", "own/native", "tcg/native", "tcg/own"];
         print!("{}", table::text(&head, &rows));
 
+        self.print_first();
         let mut worst: Vec<(f64, &str)> = self
             .workloads
             .iter()
@@ -284,6 +342,57 @@ impl Suite {
         }
     }
 
+    /// The first run of each program in a machine: what is translated there is translated for the
+    /// runs after it too.
+    fn print_first(&self) {
+        let mut rows = Vec::new();
+        let mut columns = [Vec::new(), Vec::new(), Vec::new()];
+        for workload in &self.workloads {
+            let first = |kind: Kind| median(&workload.cells.get(kind.name())?.first);
+            let (native, own, tcg) = (first(Kind::Native), first(self.own), first(Kind::Tcg));
+            if native.or(own).or(tcg).is_none() {
+                continue;
+            }
+            let of = |a: Option<f64>, b: Option<f64>| Some(a? / b?);
+            let ratios = [of(own, native), of(tcg, native), of(tcg, own)];
+            for (column, ratio) in columns.iter_mut().zip(ratios) {
+                column.extend(ratio);
+            }
+            let times = [native, own, tcg].map(milliseconds);
+            rows.push(
+                [
+                    vec![workload.name.clone()],
+                    times.to_vec(),
+                    ratios.map(ratio).to_vec(),
+                ]
+                .concat(),
+            );
+        }
+        if rows.is_empty() {
+            return;
+        }
+        let means = columns.map(|column| ratio(geometric_mean(&column)));
+        let blank = vec![
+            String::from("geometric mean"),
+            "".into(),
+            "".into(),
+            "".into(),
+        ];
+        rows.push([blank, means.to_vec()].concat());
+        let own = self.own.name();
+        println!("\nThe first run in each machine (ms), its translation included");
+        let head = [
+            "program",
+            "native",
+            own,
+            "tcg",
+            "own/native",
+            "tcg/native",
+            "tcg/own",
+        ];
+        print!("{}", table::text(&head, &rows));
+    }
+
     /// By class, and over several: AnyKVM to native, TCG to native, TCG to AnyKVM.
     fn summary(&self) -> Vec<(String, [Option<f64>; 3])> {
         let means = |wanted: &dyn Fn(&str) -> bool| {
@@ -312,10 +421,10 @@ impl Suite {
             .iter()
             .map(|&class| (class.to_owned(), means(&|c| c == class)))
             .collect();
-        rows.push((
-            USER_CODE.join("+"),
-            means(&|class| USER_CODE.contains(&class)),
-        ));
+        if !self.together.is_empty() {
+            let wanted = |class: &str| self.together.contains(&class);
+            rows.push((self.together.join("+"), means(&wanted)));
+        }
         rows.push(("all".into(), means(&|_| true)));
         rows
     }
@@ -347,7 +456,8 @@ impl Suite {
                     .map(|(kind, cell)| {
                         let value = json!({
                             "ms": cell.times, "median_ms": median(&cell.times),
-                            "least_ms": least(&cell.times), "checksum": cell.checksum,
+                            "least_ms": least(&cell.times), "first_ms": cell.first,
+                            "checksum": cell.checksum,
                             "missing": cell.missing, "failed": cell.failed,
                         });
                         ((*kind).to_owned(), value)
@@ -424,7 +534,7 @@ mod tests {
 
     #[test]
     fn ratios_are_of_medians() {
-        let mut suite = Suite::new(Kind::AnyKvm);
+        let mut suite = Suite::new(Kind::AnyKvm, &USER_CODE);
         suite.take(Kind::Native, &result("1", 98));
         suite.take(Kind::AnyKvm, &result("1", 198));
         suite.compare_results();
@@ -437,7 +547,7 @@ mod tests {
 
     #[test]
     fn a_wrong_result_does_not_score() {
-        let mut suite = Suite::new(Kind::AnyKvm);
+        let mut suite = Suite::new(Kind::AnyKvm, &USER_CODE);
         suite.take(Kind::Native, &result("1", 100));
         suite.take(Kind::AnyKvm, &result("2", 10));
         suite.compare_results();
@@ -447,7 +557,7 @@ mod tests {
 
     #[test]
     fn a_slow_clock_is_noticed() {
-        let mut suite = Suite::new(Kind::AnyKvm);
+        let mut suite = Suite::new(Kind::AnyKvm, &USER_CODE);
         suite.clocks.insert("anykvm", vec![(10.0, 10.02)]);
         assert!(suite.is_good());
         suite.clocks.insert("anykvm", vec![(5.0, 10.0)]);

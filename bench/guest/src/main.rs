@@ -7,6 +7,8 @@
 //! - `idle`: say so, and sleep until the machine is stopped;
 //! - `user [--only A,B] [--reps N] [--divide N]`: run the workloads;
 //! - `list`: name them;
+//! - `programs [--root DIR] [...]`: the same for real programs, which DIR has on a host;
+//! - `list-programs`: name those;
 //! - `nothing`: end at once (what the workload `exec` executes).
 //!
 //! Results are lines `@bench {JSON}` on standard output; everything else there is the kernel's.
@@ -18,12 +20,14 @@ mod float;
 mod integer;
 mod kernel;
 mod memory;
+mod programs;
 mod random;
 mod simd;
 mod suite;
 mod sys;
 mod text;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -71,13 +75,27 @@ fn run(arguments: &[String]) -> Result<(), String> {
             }
             Ok(())
         }
-        Some("user") => suite::run(&options(words)?),
-        _ => Err("the first argument must be boot, idle, list, nothing or user".into()),
+        Some("list-programs") => {
+            programs::list();
+            Ok(())
+        }
+        Some("user") => suite::run(&options(words)?.0),
+        Some("programs") => {
+            let (options, root) = options(words)?;
+            programs::run(&options, root.as_deref())
+        }
+        _ => Err(
+            "the first argument must be boot, idle, list, list-programs, nothing, programs or user"
+                .into(),
+        ),
     }
 }
 
-fn options<'a>(mut words: impl Iterator<Item = &'a str>) -> Result<suite::Options, String> {
+fn options<'a>(
+    mut words: impl Iterator<Item = &'a str>,
+) -> Result<(suite::Options, Option<PathBuf>), String> {
     let mut options = suite::Options::default();
+    let mut root = None;
     while let Some(word) = words.next() {
         let value = words.next().ok_or(format!("{word} needs a value"))?;
         let number = || match value.parse::<u32>() {
@@ -88,8 +106,9 @@ fn options<'a>(mut words: impl Iterator<Item = &'a str>) -> Result<suite::Option
             "--only" => options.only = value.split(',').map(str::to_owned).collect(),
             "--reps" => options.repetitions = number()?,
             "--divide" => options.divisor = number()?,
+            "--root" => root = Some(value.into()),
             _ => return Err(format!("'{word}' is not known")),
         }
     }
-    Ok(options)
+    Ok((options, root))
 }

@@ -23,6 +23,12 @@ pub enum Class {
     Kernel,
     /// Code that the program itself writes.
     Generated,
+    /// Real programs that compute with integers.
+    Programs,
+    /// Real programs that start others.
+    Processes,
+    /// Real cryptography.
+    OpenSsl,
 }
 
 impl Class {
@@ -36,6 +42,9 @@ impl Class {
             Self::Memory => "memory",
             Self::Kernel => "kernel",
             Self::Generated => "generated",
+            Self::Programs => "programs",
+            Self::Processes => "processes",
+            Self::OpenSsl => "openssl",
         }
     }
 }
@@ -50,6 +59,11 @@ impl Size {
     /// `whole` divided, at least 1.
     pub fn of(self, whole: u32) -> u32 {
         (whole / self.divisor).max(1)
+    }
+
+    /// `whole` bytes divided.
+    pub fn bytes(self, whole: u32) -> usize {
+        self.of(whole) as usize
     }
 }
 
@@ -122,8 +136,17 @@ impl Default for Options {
     }
 }
 
+impl Options {
+    /// How much a workload does.
+    pub fn size(&self) -> Size {
+        Size {
+            divisor: self.divisor,
+        }
+    }
+}
+
 /// A workload that has had this time is not repeated again, in nanoseconds.
-const ENOUGH: u64 = 8_000_000_000;
+pub const ENOUGH: u64 = 8_000_000_000;
 /// A workload that takes longer is ended, in seconds.
 const LIMIT: u32 = 180;
 
@@ -156,7 +179,7 @@ pub fn run(options: &Options) -> Result<(), String> {
                 measure(workload, options);
             })?;
             if let Some(why) = failed {
-                outcome(workload, "failed", &why);
+                outcome((workload.name, workload.class), "failed", &why);
             }
         }
     }
@@ -164,7 +187,8 @@ pub fn run(options: &Options) -> Result<(), String> {
     Ok(())
 }
 
-fn clock_record(kind: &str) {
+/// Says what the clocks show, at the `start` and the `end`.
+pub fn clock_record(kind: &str) {
     record(&format!(
         r#"{{"record":"{kind}","monotonic_ns":{},"realtime_ns":{}}}"#,
         sys::now(Clock::Monotonic),
@@ -172,50 +196,46 @@ fn clock_record(kind: &str) {
     ));
 }
 
-fn outcome(workload: &Workload, kind: &str, why: &str) {
+/// Reports a workload that is `missing` or has `failed`.
+pub fn outcome((name, class): (&str, Class), kind: &str, why: &str) {
     record(&format!(
-        r#"{{"record":"{kind}","name":"{}","class":"{}","why":"{}"}}"#,
-        workload.name,
-        workload.class.name(),
-        why.escape_default()
+        r#"{{"record":"{kind}","name":"{name}","class":"{}","why":"{}"}}"#,
+        class.name(),
+        why.replace(['"', '\\'], "'").escape_default()
+    ));
+}
+
+/// Reports the times of a workload in nanoseconds, that of the first run apart if it stands for itself.
+pub fn result((name, class): (&str, Class), checksum: u64, first: Option<u64>, times: &[u64]) {
+    let times: Vec<String> = times.iter().map(u64::to_string).collect();
+    let first = first.map_or(String::new(), |time| format!(r#""first_ns":{time},"#));
+    record(&format!(
+        r#"{{"record":"result","name":"{name}","class":"{}","checksum":"{checksum:016x}",{first}"ns":[{}]}}"#,
+        class.name(),
+        times.join(",")
     ));
 }
 
 fn measure(workload: &Workload, options: &Options) {
-    let size = Size {
-        divisor: options.divisor,
-    };
-    let mut task = match (workload.prepare)(size) {
+    let name = (workload.name, workload.class);
+    let mut task = match (workload.prepare)(options.size()) {
         Ok(task) => task,
-        Err(why) => return outcome(workload, "missing", &why),
+        Err(why) => return outcome(name, "missing", &why),
     };
     let mut times = Vec::new();
     let mut checksum = None;
-    let (mut wall, mut cpu) = (0, 0);
     for _ in 0..options.repetitions {
-        let (start, cpu_start) = (sys::now(Clock::Monotonic), sys::now(Clock::Process));
+        let start = sys::now(Clock::Monotonic);
         let sum = task();
         let time = sys::now(Clock::Monotonic).saturating_sub(start);
-        cpu += sys::now(Clock::Process).saturating_sub(cpu_start);
         if checksum.is_some_and(|first| first != sum) {
-            return outcome(
-                workload,
-                "failed",
-                "two repetitions computed different results",
-            );
+            return outcome(name, "failed", "two repetitions computed different results");
         }
         checksum = Some(sum);
-        times.push(time.to_string());
-        wall += time;
-        if wall > ENOUGH {
+        times.push(time);
+        if times.iter().sum::<u64>() > ENOUGH {
             break;
         }
     }
-    record(&format!(
-        r#"{{"record":"result","name":"{}","class":"{}","checksum":"{:016x}","cpu_ns":{cpu},"ns":[{}]}}"#,
-        workload.name,
-        workload.class.name(),
-        checksum.unwrap_or_default(),
-        times.join(",")
-    ));
+    result(name, checksum.unwrap_or_default(), None, &times);
 }

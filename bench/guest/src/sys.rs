@@ -1,7 +1,8 @@
 //! System calls that the standard library does not offer, for the runner itself.
 #![expect(unsafe_code, reason = "system calls")]
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
+use std::path::Path;
 
 /// What a clock counts.
 #[derive(Debug, Clone, Copy)]
@@ -12,8 +13,6 @@ pub enum Clock {
     Realtime,
     /// Time since the machine was switched on.
     SinceBoot,
-    /// CPU time of this process.
-    Process,
 }
 
 /// Nanoseconds of `clock`.
@@ -22,7 +21,6 @@ pub fn now(clock: Clock) -> u64 {
         Clock::Monotonic => libc::CLOCK_MONOTONIC,
         Clock::Realtime => libc::CLOCK_REALTIME,
         Clock::SinceBoot => libc::CLOCK_BOOTTIME,
-        Clock::Process => libc::CLOCK_PROCESS_CPUTIME_ID,
     };
     let mut time = libc::timespec {
         tv_sec: 0,
@@ -83,6 +81,51 @@ pub fn prepare_guest() {
     ] {
         mount(kind, directory);
     }
+}
+
+/// Makes `directory` this process's root directory, with an empty `/tmp` in memory and the host's
+/// `/dev`, in a user namespace of its own: needs no privilege. This process must have one thread.
+///
+/// # Errors
+/// What the host refuses; then nothing has changed that matters here.
+pub fn enter_root(directory: &Path) -> std::io::Result<()> {
+    let check = |result: i32| match result {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    };
+    let path = |name: &str| {
+        let full = directory.join(name);
+        std::fs::create_dir_all(&full)?;
+        CString::new(full.into_os_string().into_encoded_bytes()).map_err(std::io::Error::other)
+    };
+    let (root, tmp, dev) = (path("")?, path("tmp")?, path("dev")?);
+    // SAFETY: neither has arguments in memory.
+    let (user, group) = unsafe { (libc::geteuid(), libc::getegid()) };
+    // SAFETY: the process has one thread.
+    check(unsafe { libc::unshare(libc::CLONE_NEWUSER | libc::CLONE_NEWNS) })?;
+    // Without this a group cannot be mapped (user_namespaces(7)).
+    std::fs::write("/proc/self/setgroups", "deny")?;
+    std::fs::write("/proc/self/uid_map", format!("0 {user} 1"))?;
+    std::fs::write("/proc/self/gid_map", format!("0 {group} 1"))?;
+    // SAFETY: all are strings that live long enough.
+    unsafe {
+        check(libc::mount(
+            c"/dev".as_ptr(),
+            dev.as_ptr(),
+            std::ptr::null(),
+            libc::MS_BIND | libc::MS_REC,
+            std::ptr::null(),
+        ))?;
+        check(libc::mount(
+            c"tmpfs".as_ptr(),
+            tmp.as_ptr(),
+            c"tmpfs".as_ptr(),
+            0,
+            std::ptr::null(),
+        ))?;
+        check(libc::chroot(root.as_ptr()))?;
+    }
+    std::env::set_current_dir("/")
 }
 
 fn mount(kind: &CStr, directory: &CStr) {
