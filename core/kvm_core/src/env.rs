@@ -19,7 +19,8 @@ use kvm_abi::run::{self, reason};
 use kvm_abi::{guestdbg, mp_state, quirk};
 use x86defs::{apic, vector};
 use x86emu::env::{
-    Env, Exception, Exit, Features, Flush, ForeignHypercall, HostCpu, NativeRegs, PhysMem, Stop,
+    Env, Exception, Exit, Features, Flush, ForeignHypercall, HostCpu, NativeRegs, PhysMem,
+    RamRange, Stop,
 };
 use x86emu::state::{CpuState, XsaveArea, sreg};
 
@@ -493,6 +494,14 @@ impl PhysMem for VcpuEnv {
             self.shared.kick();
         }
         p
+    }
+
+    fn ram_around(&mut self, gpa: u64) -> Option<RamRange> {
+        if self.smm {
+            self.smram.ram_around(&self.vm.smram, gpa)
+        } else {
+            self.memory.ram_around(&self.vm.memory, gpa)
+        }
     }
 }
 

@@ -11,6 +11,7 @@ use crate::vcpu::VcpuShared;
 use alloc::sync::Arc;
 use core::sync::atomic::{AtomicU64, Ordering};
 use guestmem::{MemView, PAGE_SIZE, SlotHint};
+use x86emu::env::RamRange;
 
 /// The memslots of a VM.
 pub struct Memory {
@@ -114,6 +115,18 @@ impl Reader {
             .host_ptr_telling(gpa, len, write, &self.hint, newly)
             // SAFETY: the pointer is a slot's; making vCPUs, the home has put its handler in place.
             .filter(|&p| unsafe { guestmem::probe::accessible(p, write) })
+    }
+
+    /// The memslot around `gpa`.
+    pub fn ram_around(&mut self, memory: &Memory, gpa: u64) -> Option<RamRange> {
+        self.renew(memory);
+        let slot = self.view.find(gpa, &self.hint)?;
+        Some(RamRange {
+            gpa: slot.gpa,
+            size: slot.size,
+            host: slot.hva,
+            quiet: !slot.read_only() && slot.dirty.is_none(),
+        })
     }
 
     /// Reads guest memory; `false` where part of it is not RAM.

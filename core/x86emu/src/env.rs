@@ -132,6 +132,26 @@ pub trait PhysMem {
     /// operations or by instructions executed through [`HostCpu`]. The pointer stays valid until the
     /// instruction ends.
     fn host_ptr(&mut self, gpa: u64, len: usize, write: bool) -> Option<*mut u8>;
+
+    /// The RAM around `gpa` that is contiguous on the host too, if the environment can tell. It stays so until
+    /// the environment asks the engine to flush everything.
+    fn ram_around(&mut self, gpa: u64) -> Option<RamRange> {
+        let _ = gpa;
+        None
+    }
+}
+
+/// Guest RAM that is contiguous on the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RamRange {
+    /// First guest-physical address, page-aligned.
+    pub gpa: u64,
+    /// Bytes, a multiple of the page size.
+    pub size: u64,
+    /// Host address of the first byte.
+    pub host: u64,
+    /// It may be written, and nobody wants to know which pages are.
+    pub quiet: bool,
 }
 
 /// The registers that a natively executed instruction starts from and leaves behind, by *host*

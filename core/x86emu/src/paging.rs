@@ -83,6 +83,19 @@ pub struct Mapping {
     pub global: bool,
     /// The leaf's dirty bit is set.
     pub dirty: bool,
+    /// The paging structure that this came from, for a cache of paging structures.
+    pub from: Option<Leaf>,
+}
+
+/// Where a translation's last entry lies, and the rights of the entries above it. Entries of 8 bytes only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leaf {
+    /// Guest-physical address of the entry.
+    pub gpa: u64,
+    /// All entries above allow writes.
+    pub writable: bool,
+    /// All entries above allow accesses at CPL 3.
+    pub user: bool,
 }
 
 const P: u64 = 1;
@@ -267,6 +280,7 @@ fn descend<M: PhysMem + ?Sized>(
         if entry & bad != 0 {
             return Err(ERR_P | ERR_RSVD);
         }
+        let above = trail.common;
         // NX is ORed over the levels: keep it inverted in the common AND.
         trail.push(slot, entry ^ NX);
         if leaf {
@@ -279,6 +293,11 @@ fn descend<M: PhysMem + ?Sized>(
                 nx: nxe && trail.common & NX == 0,
                 global: entry & G != 0 && cpu.cr4 & CR4_PGE != 0,
                 dirty: entry & D != 0,
+                from: Some(Leaf {
+                    gpa: slot,
+                    writable: above & RW != 0,
+                    user: above & US != 0,
+                }),
             });
         }
         table = entry & ADDR;
@@ -337,6 +356,7 @@ fn descend_32<M: PhysMem + ?Sized>(
         nx: false,
         global: leaf & G != 0 && cpu.cr4 & CR4_PGE != 0,
         dirty: leaf & D != 0,
+        from: None,
     })
 }
 
@@ -387,6 +407,7 @@ fn identity(gva: u64) -> Mapping {
         nx: false,
         global: false,
         dirty: true,
+        from: None,
     }
 }
 

@@ -6,7 +6,7 @@ use crate::tlb::Caches;
 use crate::world::{PAGE_CODE, World};
 use std::sync::atomic::Ordering;
 use x86defs::{cr4, rflags};
-use x86emu::env::{Env, Exception, Features, Flush, HostCpu, NativeRegs, PhysMem, Stop};
+use x86emu::env::{Env, Exception, Features, Flush, HostCpu, NativeRegs, PhysMem, RamRange, Stop};
 use x86emu::paging::{Access, Mapping};
 use x86emu::state::{CpuState, XsaveArea};
 
@@ -73,6 +73,10 @@ impl PhysMem for JitEnv<'_> {
             );
         }
         self.inner.host_ptr(gpa, len, write)
+    }
+
+    fn ram_around(&mut self, gpa: u64) -> Option<RamRange> {
+        self.inner.ram_around(gpa)
     }
 }
 
@@ -156,6 +160,7 @@ impl Env for JitEnv<'_> {
                     nx: false,
                     global: false,
                     dirty: false,
+                    from: None,
                 });
             }
         } else if let Some(which) = tlb_for(cpu, access) {
@@ -170,6 +175,7 @@ impl Env for JitEnv<'_> {
                     nx: false,
                     global: e.gpa & 1 != 0,
                     dirty: access.write,
+                    from: None,
                 });
             }
         }

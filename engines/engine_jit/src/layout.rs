@@ -6,9 +6,13 @@ use x86defs::rflags;
 use x86emu::state::CpuState;
 
 /// Entries of each software TLB; a power of two.
-pub const TLB_ENTRIES: usize = 2048;
+pub const TLB_ENTRIES: usize = 1 << 15;
+/// log2 of the TLB entries that share a bit in the record of what was filled.
+pub const GROUP_SHIFT: usize = 3;
+/// Groups of entries of each TLB.
+pub const TLB_GROUPS: usize = TLB_ENTRIES >> GROUP_SHIFT;
 /// Entries of each jump cache; a power of two.
-pub const JUMP_ENTRIES: usize = 4096;
+pub const JUMP_ENTRIES: usize = 1 << 14;
 
 /// Which of the three software TLBs a context uses.
 ///
@@ -22,7 +26,7 @@ pub const TLB_KERNEL_AC: usize = 2;
 /// One translation of the software TLB.
 ///
 /// A tag is the linear address of the page. An invalid entry carries a page-aligned tag that maps to
-/// another index, so that no address can match it.
+/// another index, so that no address can match it; all zero is invalid everywhere but at index 0.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct TlbEntry {
@@ -40,7 +44,7 @@ pub struct TlbEntry {
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct JumpEntry {
-    /// Linear address of the target; `u64::MAX` when empty.
+    /// Linear address of the target; one of another index when empty: 0, and at index 0 1.
     pub pc: u64,
     /// Indirect entry point of its translation.
     pub host: u64,
@@ -91,6 +95,8 @@ pub struct VcpuMem {
     pub fault_pc: u64,
     /// This block's own address.
     pub this: u64,
+    /// The flags of guest pages, [`crate::world::CodeMap`].
+    pub code_map: u64,
     /// The running `run::Runner`, valid while `run` is on the stack.
     pub runner: u64,
     /// The indirect branch that led to the dispatcher: its page offset, bit 16 set.
@@ -146,6 +152,7 @@ offsets! {
     CONT = cont;
     HOST_RSP = host_rsp;
     THIS = this;
+    CODE_MAP = code_map;
     SPILL = spill;
     CROSS_SPILL = cross_spill;
     CROSS_OFFSET = cross_offset;
@@ -204,7 +211,7 @@ pub fn jump_index(pc: u64) -> usize {
 impl TlbEntry {
     /// An entry that matches nothing, for index `i`.
     pub fn invalid(i: usize) -> Self {
-        let tag = ((i ^ 1) as u64) << 12;
+        let tag = if i == 0 { 1 << 12 } else { 0 };
         TlbEntry {
             read: tag,
             write: tag,
@@ -215,11 +222,13 @@ impl TlbEntry {
 }
 
 impl JumpEntry {
-    /// An empty entry. No code starts at the last byte of the address space.
-    pub const EMPTY: JumpEntry = JumpEntry {
-        pc: u64::MAX,
-        host: 0,
-    };
+    /// An empty entry, for index `i`.
+    pub fn empty(i: usize) -> Self {
+        JumpEntry {
+            pc: u64::from(i == 0),
+            host: 0,
+        }
+    }
 }
 
 impl VcpuMem {

@@ -18,6 +18,7 @@ mod frontend;
 pub mod fuzz;
 mod layout;
 mod liveness;
+mod refill;
 mod run;
 mod signal;
 mod stats;

@@ -89,6 +89,7 @@ impl<'a> Runner<'a> {
         unsafe {
             (*vm).runner = runner as u64;
             (*vm).xsave_mask = (*runner).world.xsave_mask;
+            (*vm).code_map = (*runner).world.code_map.address();
             signal::set_gs(vm as u64);
             let world = (*runner).world;
             let enter: extern "sysv64" fn(u64) = std::mem::transmute(world.stubs.enter);
@@ -608,7 +609,23 @@ impl<'a> Runner<'a> {
         };
         self.stats.fills += 1;
         self.vm.caches.fill(which, gva, &m, host as u64, write);
+        self.note_structures(which, gva, &m, features.phys_bits);
         true
+    }
+
+    /// Lets emitted code fill the TLB for the rest of the region of `gva`.
+    fn note_structures(&mut self, which: usize, gva: u64, m: &paging::Mapping, phys_bits: u8) {
+        let Some(leaf) = m.from else { return };
+        let table = (leaf.gpa >> 12) << 12;
+        let table = self.env.host_ptr(table, 4096, false).map(|p| p as u64);
+        let VcpuMem { cpu, caches, .. } = &mut *self.vm;
+        if !caches.structures.knows_ram(m.gpa)
+            && let Some(ram) = self.env.ram_around(m.gpa)
+        {
+            caches.structures.add_ram(ram);
+        }
+        let s = &mut caches.structures;
+        s.add(which, cpu, phys_bits, gva, m, table);
     }
 }
 

@@ -57,6 +57,8 @@ pub struct Stubs {
     /// buffer. T holds its linear address. With carry clear, I + T is its host address; with carry
     /// set nothing has changed. Clobbers flags.
     pub cross: [[[u64; 4]; 2]; 3],
+    /// `call`, by TLB and access: fills the TLB; see [`crate::refill::emit`].
+    pub refill: [[u64; 2]; 3],
     /// `call`: writes the operand of I bytes in the bounce buffer back. Clobbers T and I, no flags.
     pub commit: u64,
     /// `call`: loads the guest's FPU state. Clobbers nothing but T and I.
@@ -169,6 +171,8 @@ pub fn emit(a: &mut Asm, helpers: &Helpers, avx: bool) -> Stubs {
                 s.cross[which][write][class] = a.pc();
                 cross(a, which, write != 0, 8 << class);
             }
+            s.refill[which][write] = a.pc();
+            crate::refill::emit(a, which, write != 0);
         }
     }
     s.commit = a.pc();

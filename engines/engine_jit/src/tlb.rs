@@ -1,26 +1,32 @@
 //! The software TLBs, the jump caches and the code-page TLB of one vCPU.
 //!
-//! Emitted code only reads them; they are filled and flushed here. Lists of what was filled make a
-//! flush cost what it undoes.
+//! They are filled and flushed here, and the TLBs by emitted code too (`refill`). Records of what was
+//! filled make a flush cost what it undoes.
 
 use crate::context::Context;
 use crate::layout::{
-    JUMP_ENTRIES, JumpEntry, TLB_ENTRIES, TLB_KERNEL, TLB_KERNEL_AC, TLB_USER, TlbEntry,
-    jump_index, tlb_index,
+    GROUP_SHIFT, JUMP_ENTRIES, JumpEntry, TLB_ENTRIES, TLB_GROUPS, TLB_KERNEL, TLB_KERNEL_AC,
+    TLB_USER, TlbEntry, jump_index, tlb_index,
 };
+use crate::refill::Structures;
 use x86emu::env::Flush;
 use x86emu::paging::Mapping;
 
 /// Entries of the code-page TLB.
-const CODE_ENTRIES: usize = 64;
+const CODE_ENTRIES: usize = 1024;
 
 /// Where a linear code page lies in guest-physical memory.
 #[derive(Clone, Copy, Debug)]
 struct CodeEntry {
-    /// Linear page with bit 0 set for user mode; `u64::MAX` when empty.
+    /// Linear page with bit 0 set for user mode and bit 1 always; 0 when empty.
     key: u64,
     /// Guest-physical page, bit 0: global.
     gpa: u64,
+}
+
+impl CodeEntry {
+    /// Matches nothing, and is in the list of what was filled.
+    const GONE: CodeEntry = CodeEntry { key: 4, gpa: 0 };
 }
 
 /// See the module's description.
@@ -33,10 +39,14 @@ pub struct Caches {
     /// The context of the user's jump cache, and the family of the supervisor's.
     jump_ctx: [u32; 2],
     code: [CodeEntry; CODE_ENTRIES],
-    /// Indices of TLB entries filled since they were last empty, per TLB: not global.
-    filled: [Vec<u16>; 3],
+    /// Indices of entries of `code` filled since they were last empty.
+    code_filled: Vec<u16>,
+    /// Groups of TLB entries filled since they were last empty, a bit each, per TLB: not global.
+    pub filled: [[u64; TLB_GROUPS / 64]; 3],
     /// The same for global ones.
-    filled_global: [Vec<u16>; 3],
+    pub filled_global: [[u64; TLB_GROUPS / 64]; 3],
+    /// What emitted code fills the TLBs from.
+    pub structures: Structures,
     jumps_filled: [Vec<u16>; 3],
     /// One bit per hash of a page of 2 MiB, and of 1 GiB, that was cached since the last full flush.
     large: [[u64; 8]; 2],
@@ -74,37 +84,14 @@ impl Caches {
         // SAFETY: the caller's promise. The vectors are written before a reference is made; all
         // other fields are integers, valid as zero.
         unsafe {
-            (&raw mut (*this).filled).write(Default::default());
-            (&raw mut (*this).filled_global).write(Default::default());
+            (&raw mut (*this).code_filled).write(Vec::new());
             (&raw mut (*this).jumps_filled).write(Default::default());
-            (*this).reset();
-        }
-    }
-
-    /// Puts every entry to empty; for memory that was just allocated.
-    pub fn reset(&mut self) {
-        for tlb in &mut self.tlb {
-            for (i, e) in tlb.iter_mut().enumerate() {
-                *e = TlbEntry::invalid(i);
+            for which in 0..3 {
+                (*this).tlb[which][0] = TlbEntry::invalid(0);
+                (*this).jumps[which][0] = JumpEntry::empty(0);
             }
+            (*this).jump_ctx = [u32::MAX; 2];
         }
-        for table in &mut self.jumps {
-            table.fill(JumpEntry::EMPTY);
-        }
-        self.jump_ctx = [u32::MAX; 2];
-        self.code = [CodeEntry {
-            key: u64::MAX,
-            gpa: 0,
-        }; CODE_ENTRIES];
-        for list in self.filled.iter_mut().chain(&mut self.filled_global) {
-            list.clear();
-        }
-        for list in &mut self.jumps_filled {
-            list.clear();
-        }
-        self.large = [[0; 8]; 2];
-        self.local_code = [false; 2];
-        self.jump_pages = [0; 16];
     }
 
     /// The entry that a linear address would use.
@@ -126,14 +113,12 @@ impl Caches {
             (false, false) => invalid.write,
         };
         if !keep_write {
-            let list = if global {
+            let record = if global {
                 &mut self.filled_global[which]
             } else {
                 &mut self.filled[which]
             };
-            if list.len() < 4 * TLB_ENTRIES {
-                list.push(i as u16);
-            }
+            record[i >> GROUP_SHIFT >> 6] |= 1 << (i >> GROUP_SHIFT & 63);
         }
         *e = TlbEntry {
             read: page,
@@ -147,7 +132,7 @@ impl Caches {
     /// Enters the code for a linear address.
     pub fn fill_jump(&mut self, u: usize, pc: u64, host: u64) {
         let i = jump_index(pc);
-        if self.jumps[u][i].pc == u64::MAX {
+        if self.jumps[u][i].host == 0 {
             self.jumps_filled[u].push(i as u16);
         }
         self.jumps[u][i] = JumpEntry { pc, host };
@@ -162,15 +147,19 @@ impl Caches {
 
     /// The guest-physical page of a linear code page, if it is known.
     pub fn code_page(&self, user: bool, gva: u64) -> Option<u64> {
-        let key = gva & !0xfff | u64::from(user);
+        let key = gva & !0xfff | 2 | u64::from(user);
         let e = &self.code[(gva >> 12) as usize & (CODE_ENTRIES - 1)];
         (e.key == key).then_some(e.gpa & !0xfff)
     }
 
     /// Remembers where a linear code page lies.
     pub fn fill_code(&mut self, user: bool, gva: u64, mapping: &Mapping) {
-        self.code[(gva >> 12) as usize & (CODE_ENTRIES - 1)] = CodeEntry {
-            key: gva & !0xfff | u64::from(user),
+        let i = (gva >> 12) as usize & (CODE_ENTRIES - 1);
+        if self.code[i].key == 0 {
+            self.code_filled.push(i as u16);
+        }
+        self.code[i] = CodeEntry {
+            key: gva & !0xfff | 2 | u64::from(user),
             gpa: mapping.gpa & !0xfff | u64::from(mapping.global),
         };
         self.local_code[usize::from(!user)] |= !mapping.global;
@@ -196,6 +185,7 @@ impl Caches {
     pub fn flush(&mut self, what: Flush) {
         match what {
             Flush::All => {
+                self.structures.flush_ram();
                 self.flush_data(true);
                 self.flush_code();
             }
@@ -214,34 +204,41 @@ impl Caches {
             self.flush_jumps(TLB_KERNEL_AC);
             self.local_code[1] = false;
         }
-        for e in self.code.iter_mut().filter(|e| e.gpa & 1 == 0) {
-            e.key = u64::MAX;
-        }
+        let code = &mut self.code;
+        self.code_filled.retain(|&i| {
+            let e = &mut code[usize::from(i)];
+            if e.gpa & 1 == 0 {
+                e.key = 0;
+            }
+            e.key != 0
+        });
     }
 
     fn flush_data(&mut self, global: bool) {
         self.flushes += 1;
+        self.structures.flush();
         for which in 0..3 {
-            for n in 0..1 + usize::from(global) {
-                let list = if n == 0 {
-                    &mut self.filled[which]
-                } else {
-                    &mut self.filled_global[which]
-                };
-                if list.len() >= 4 * TLB_ENTRIES {
-                    for (i, e) in self.tlb[which].iter_mut().enumerate() {
-                        *e = TlbEntry::invalid(i);
-                    }
-                } else {
-                    for &i in list.iter() {
-                        let e = &mut self.tlb[which][usize::from(i)];
-                        // An entry may have been replaced by a global one since.
-                        if global || e.gpa & 1 == 0 {
-                            *e = TlbEntry::invalid(usize::from(i));
+            let tlb = &mut self.tlb[which];
+            let mut empty = |record: &mut [u64]| {
+                for (w, bits) in record.iter_mut().enumerate() {
+                    let mut left = std::mem::take(bits);
+                    while left != 0 {
+                        let group = w * 64 + left.trailing_zeros() as usize;
+                        left &= left - 1;
+                        let first = group << GROUP_SHIFT;
+                        let entries = &mut tlb[first..first + (1 << GROUP_SHIFT)];
+                        for (i, e) in entries.iter_mut().enumerate() {
+                            // An entry may have been replaced by a global one since.
+                            if global || e.gpa & 1 == 0 {
+                                *e = TlbEntry::invalid(first + i);
+                            }
                         }
                     }
                 }
-                list.clear();
+            };
+            empty(&mut self.filled[which]);
+            if global {
+                empty(&mut self.filled_global[which]);
             }
         }
         if global {
@@ -268,7 +265,7 @@ impl Caches {
 
     fn flush_jumps(&mut self, u: usize) {
         for &i in &self.jumps_filled[u] {
-            self.jumps[u][usize::from(i)] = JumpEntry::EMPTY;
+            self.jumps[u][usize::from(i)] = JumpEntry::empty(usize::from(i));
         }
         self.jumps_filled[u].clear();
     }
@@ -279,15 +276,15 @@ impl Caches {
         for u in 0..3 {
             self.flush_jumps(u);
         }
-        self.code = [CodeEntry {
-            key: u64::MAX,
-            gpa: 0,
-        }; CODE_ENTRIES];
+        for i in self.code_filled.drain(..) {
+            self.code[usize::from(i)].key = 0;
+        }
         self.local_code = [false; 2];
         self.jump_pages = [0; 16];
     }
 
     fn flush_page(&mut self, gva: u64) {
+        self.structures.flush();
         if self.covered_by_large(gva) {
             // The page may be part of a larger one, of which other 4 KiB pieces are cached.
             self.flush_data(true);
@@ -306,29 +303,31 @@ impl Caches {
             self.flush_code();
         } else {
             let e = &mut self.code[(gva >> 12) as usize & (CODE_ENTRIES - 1)];
-            if e.key & !0xfff == gva & !0xfff {
-                e.key = u64::MAX;
+            if e.key & 2 != 0 && e.key & !0xfff == gva & !0xfff {
+                *e = CodeEntry::GONE;
             }
         }
     }
 
     /// Makes writes to a guest-physical page take the slow path again.
     pub fn unwrite(&mut self, gpa: u64) {
-        for which in TLB_USER..3 {
-            for (i, e) in self.tlb[which].iter_mut().enumerate() {
-                if e.gpa & !0xfff == gpa & !0xfff {
-                    e.write = TlbEntry::invalid(i).write;
-                }
-            }
-        }
+        self.unwrite_range(gpa & !0xfff, 4096);
     }
 
     /// Makes writes to a guest-physical range take the slow path again.
     pub fn unwrite_range(&mut self, gpa: u64, len: u64) {
         for which in TLB_USER..3 {
-            for (i, e) in self.tlb[which].iter_mut().enumerate() {
-                if (e.gpa & !0xfff).wrapping_sub(gpa) < len {
-                    e.write = TlbEntry::invalid(i).write;
+            for w in 0..TLB_GROUPS / 64 {
+                let mut left = self.filled[which][w] | self.filled_global[which][w];
+                while left != 0 {
+                    let first = (w * 64 + left.trailing_zeros() as usize) << GROUP_SHIFT;
+                    left &= left - 1;
+                    for i in first..first + (1 << GROUP_SHIFT) {
+                        let e = &mut self.tlb[which][i];
+                        if (e.gpa & !0xfff).wrapping_sub(gpa) < len {
+                            e.write = TlbEntry::invalid(i).write;
+                        }
+                    }
                 }
             }
         }

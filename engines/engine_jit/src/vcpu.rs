@@ -139,8 +139,9 @@ impl Drop for JitVcpu {
             // SAFETY: the vCPU is not running.
             let caches = unsafe { &(*self.mem.mem()).caches };
             eprintln!(
-                "engine_jit: {:?}\n  TLB flushes {}, jump-cache flushes {}, context switches {}, blocks {}, code {} KiB",
+                "engine_jit: {:?}\n  TLB refills in emitted code {}, flushes {}, jump-cache flushes {}, context switches {}, blocks {}, code {} KiB",
                 self.stats,
+                caches.structures.refills,
                 caches.flushes,
                 caches.jump_flushes,
                 caches.switches,

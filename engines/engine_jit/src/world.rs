@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard, TryLockError, Weak};
 const ARENA_SIZE: usize = 256 << 20;
 
 /// Guest page numbers with an entry in [`CodeMap`]: 1 TiB of guest-physical memory.
-const CODE_MAP_PAGES: usize = 1 << 28;
+pub const CODE_MAP_PAGES: usize = 1 << 28;
 
 /// The page holds translated code.
 pub const PAGE_CODE: u8 = 1;
@@ -56,6 +56,11 @@ impl CodeMap {
             return Err(EngineError::OutOfMemory);
         }
         Ok(CodeMap { base: base.cast() })
+    }
+
+    /// Address of the first page's flags.
+    pub fn address(&self) -> u64 {
+        self.base as u64
     }
 
     /// The flags of a guest page; `None` beyond the map, where nothing is cached.

@@ -88,36 +88,27 @@ impl Tx<'_> {
         self.a.bind(m.jump);
         self.a.op_mem(Size::Q, &[0x03], T, Mem::GsBase(I, m.tag)); // add: T is the address again
         let mut meta = m.meta;
-        if m.bounce != Bounce::Never {
+        let mut crosses = None;
+        if m.size > 1 {
             self.a.lea(I, at(T, m.size as i32 - 1));
             self.a.op_reg(Size::Q, &[0x31], T, I); // xor
             self.a.shr(I, 12);
-            let inside = self.a.jcc(cc::E);
-            let class = m.size.next_power_of_two().max(8).trailing_zeros() as usize - 3;
-            let write = usize::from(m.bounce == Bounce::Write);
-            self.a
-                .call_to(self.stubs.cross[self.ctx.tlb()][write][class]);
-            if m.bounce == Bounce::Read {
-                let pos = self.a.jcc(cc::AE);
-                self.a.bind_to(pos, m.access);
+            if m.bounce == Bounce::Never {
+                crosses = Some(self.a.jcc(cc::NE));
             } else {
-                let fails = self.a.jcc(cc::B);
-                let block = self.block;
-                if let Some(op) = block.ops.get(op)
-                    && let Some(o) = self.operands(op)
-                {
-                    self.map.push((self.a.here() as u32, op.off));
-                    self.flags = m.flags;
-                    self.with_memory(op, &o);
-                    self.a.mov_imm(I, m.size as u64);
-                    self.a.call_to(self.stubs.commit);
-                    let pos = self.a.jmp();
-                    self.a.bind_to(pos, resume);
-                }
-                self.a.bind(fails);
+                let inside = self.a.jcc(cc::E);
+                self.emit_bounce(&m, op, resume);
+                crosses = Some(self.a.jmp());
+                self.a.bind(inside);
+                meta |= meta::BOUNCE;
             }
-            self.a.bind(inside);
-            meta |= meta::BOUNCE;
+        }
+        let write = usize::from(m.meta & meta::WRITE != 0);
+        self.a.call_to(self.stubs.refill[self.ctx.tlb()][write]);
+        let filled = self.a.jcc(cc::AE);
+        self.a.bind_to(filled, m.retry);
+        if let Some(crosses) = crosses {
+            self.a.bind(crosses);
         }
         self.a.call_to(self.stubs.memory);
         self.a.d32(meta);
@@ -128,6 +119,33 @@ impl Tx<'_> {
         }
         let pos = self.a.jmp();
         self.a.bind_to(pos, resume);
+    }
+
+    /// An access that crosses a page, by way of the bounce buffer; goes on behind if that cannot be.
+    fn emit_bounce(&mut self, m: &PendingMiss, op: usize, resume: usize) {
+        let class = m.size.next_power_of_two().max(8).trailing_zeros() as usize - 3;
+        let write = usize::from(m.bounce == Bounce::Write);
+        self.a
+            .call_to(self.stubs.cross[self.ctx.tlb()][write][class]);
+        if m.bounce == Bounce::Read {
+            let pos = self.a.jcc(cc::AE);
+            self.a.bind_to(pos, m.access);
+            return;
+        }
+        let fails = self.a.jcc(cc::B);
+        let block = self.block;
+        if let Some(op) = block.ops.get(op)
+            && let Some(o) = self.operands(op)
+        {
+            self.map.push((self.a.here() as u32, op.off));
+            self.flags = m.flags;
+            self.with_memory(op, &o);
+            self.a.mov_imm(I, m.size as u64);
+            self.a.call_to(self.stubs.commit);
+            let pos = self.a.jmp();
+            self.a.bind_to(pos, resume);
+        }
+        self.a.bind(fails);
     }
 
     pub(super) fn emit_one(&mut self, c: Cold) {
