@@ -21,6 +21,9 @@ unsafe impl Sync for Arena {}
 impl Arena {
     /// Reserves `size` bytes (page multiple). Memory is committed as it is used.
     pub fn new(size: usize) -> Result<Self, EngineError> {
+        if crate::perf::map_wanted() {
+            return Self::anonymous(size);
+        }
         // SAFETY: plain system calls; results are checked. The name is a C string literal.
         unsafe {
             let fd = libc::memfd_create(c"anykvm-code".as_ptr(), libc::MFD_CLOEXEC);
@@ -49,19 +52,51 @@ impl Arena {
                 libc::MAP_FAILED
             };
             libc::close(fd);
-            let arena = Arena {
-                rw: rw.cast(),
-                rx: rx.cast(),
-                size,
-                used: 0,
-            };
-            if rw == libc::MAP_FAILED || rx == libc::MAP_FAILED {
-                return Err(EngineError::Unsupported(
-                    "the system allows no executable memory (memfd, PROT_EXEC), which the software engine needs",
-                ));
-            }
-            Ok(arena)
+            Self::of(rw, rx, size)
         }
+    }
+
+    /// The same without a file: `perf` looks for a map of its own only for such memory.
+    fn anonymous(size: usize) -> Result<Self, EngineError> {
+        // SAFETY: plain system calls; results are checked. An old size of 0 maps the pages of a shared
+        // mapping a second time, mremap(2).
+        unsafe {
+            let rw = libc::mmap(
+                std::ptr::null_mut(),
+                size,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            );
+            let mut rx = libc::MAP_FAILED;
+            if rw != libc::MAP_FAILED {
+                rx = libc::mremap(rw, 0, size, libc::MREMAP_MAYMOVE);
+            }
+            if rx != libc::MAP_FAILED
+                && libc::mprotect(rx, size, libc::PROT_READ | libc::PROT_EXEC) != 0
+            {
+                libc::munmap(rx, size);
+                rx = libc::MAP_FAILED;
+            }
+            Self::of(rw, rx, size)
+        }
+    }
+
+    /// Two mappings of the same memory, or what failed.
+    fn of(rw: *mut libc::c_void, rx: *mut libc::c_void, size: usize) -> Result<Self, EngineError> {
+        let arena = Arena {
+            rw: rw.cast(),
+            rx: rx.cast(),
+            size,
+            used: 0,
+        };
+        if rw == libc::MAP_FAILED || rx == libc::MAP_FAILED {
+            return Err(EngineError::Unsupported(
+                "the system allows no executable memory (memfd, PROT_EXEC), which the software engine needs",
+            ));
+        }
+        Ok(arena)
     }
 
     /// Address at which the next allocation will execute.

@@ -1,6 +1,7 @@
 //! The code cache: translations by guest-physical address and context, and the pages they came from.
 
 use crate::arena::Arena;
+use crate::perf::Log;
 use crate::stubs::Stubs;
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -85,6 +86,8 @@ pub struct Cache {
     epoch: Arc<AtomicU64>,
     /// Blocks translated since start.
     pub translated: u64,
+    /// For profilers.
+    pub perf: Option<Box<Log>>,
 }
 
 /// Lines of a page that `[start, start + len)` touches.
@@ -98,6 +101,7 @@ impl Cache {
     /// An empty cache whose arena already holds `stubs`.
     pub fn new(arena: Arena, stubs: Stubs, epoch: Arc<AtomicU64>) -> Self {
         let stubs_end = arena.used();
+        let perf = Log::from_environment(&stubs, arena.next());
         Cache {
             arena,
             stubs,
@@ -107,6 +111,7 @@ impl Cache {
             pages: Map::default(),
             epoch,
             translated: 0,
+            perf,
         }
     }
 

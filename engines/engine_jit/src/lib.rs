@@ -19,6 +19,7 @@ pub mod fuzz;
 mod layout;
 mod liveness;
 mod refill;
+mod perf;
 mod run;
 mod signal;
 mod stats;

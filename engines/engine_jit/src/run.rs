@@ -12,7 +12,7 @@ use crate::stats::Stats;
 use crate::stubs::Helpers;
 use crate::translate::{meta, translate};
 use crate::world::{PAGE_CODE, PAGE_WRITTEN, VcpuBox, World};
-use crate::{cache, signal};
+use crate::{cache, perf, signal};
 use std::sync::atomic::Ordering;
 use x86defs::rflags::{IF, RF, TF};
 use x86emu::env::{Env, Exit, Stop};
@@ -469,6 +469,16 @@ impl<'a> Runner<'a> {
             dead: false,
             map: code.map.into_boxed_slice(),
         };
+        if let Some(log) = &mut cache.perf {
+            let both = [page, next].concat();
+            let source = perf::Source {
+                linear: self.linear_pc() & !0xfff | phys & 0xfff,
+                user: ctx.user(),
+                bits: frontend::bits(ctx),
+                bytes: both.get(start..decoded.end.into()).unwrap_or_default(),
+            };
+            log.block(&block, &source, &code.bytes);
+        }
         let r = f(&block);
         cache.insert(block, &page, &next);
         Ok(r)
