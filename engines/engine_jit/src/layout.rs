@@ -14,6 +14,13 @@ pub const TLB_GROUPS: usize = TLB_ENTRIES >> GROUP_SHIFT;
 /// Entries of each jump cache; a power of two.
 pub const JUMP_ENTRIES: usize = 1 << 14;
 
+/// Entries of each second-level jump cache; a power of two.
+pub const JUMP2_ENTRIES: usize = 1 << 14;
+/// Multiplier of the second level's hash.
+pub const JUMP2_HASH: i32 = 0x5bd1_e995;
+/// Bits of the product below the index.
+pub const JUMP2_SHIFT: u8 = 32;
+
 /// Which of the three software TLBs a context uses.
 ///
 /// One per set of permissions, so that a change of CPL or RFLAGS.AC needs no flush.
@@ -44,7 +51,7 @@ pub struct TlbEntry {
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct JumpEntry {
-    /// Linear address of the target; one of another index when empty: 0, and at index 0 1.
+    /// Linear address of the target; one of another index when empty: 0, and 4096 at index 0.
     pub pc: u64,
     /// Indirect entry point of its translation.
     pub host: u64,
@@ -160,6 +167,7 @@ offsets! {
     BOUNCE = bounce;
     TLB = caches.tlb;
     JUMPS = caches.jumps;
+    JUMPS2 = caches.jumps2;
 }
 
 /// `gs` displacement of a general register's slot.
@@ -208,6 +216,16 @@ pub fn jump_index(pc: u64) -> usize {
     (pc ^ pc.rotate_right(12)) as usize & (JUMP_ENTRIES - 1)
 }
 
+/// Index of a linear address in a second-level jump cache; emitted code computes the same.
+pub fn jump2_index(pc: u64) -> usize {
+    (pc.wrapping_mul(JUMP2_HASH as u64) >> JUMP2_SHIFT) as usize & (JUMP2_ENTRIES - 1)
+}
+
+/// `gs` displacement of a second-level jump cache.
+pub fn jumps2_base(which: usize) -> i32 {
+    off::JUMPS2 + (which * size_of::<[JumpEntry; JUMP2_ENTRIES]>()) as i32
+}
+
 impl TlbEntry {
     /// An entry that matches nothing, for index `i`.
     pub fn invalid(i: usize) -> Self {
@@ -225,7 +243,7 @@ impl JumpEntry {
     /// An empty entry, for index `i`.
     pub fn empty(i: usize) -> Self {
         JumpEntry {
-            pc: u64::from(i == 0),
+            pc: if i == 0 { 1 << 12 } else { 0 },
             host: 0,
         }
     }

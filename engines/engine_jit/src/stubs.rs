@@ -2,7 +2,10 @@
 //! it into Rust.
 
 use crate::asm::{Asm, Mem, Size, at, cc, reg};
-use crate::layout::{BOUNCE_HALF, TLB_ENTRIES, gpr_slot, off, tlb_base};
+use crate::layout::{
+    BOUNCE_HALF, JUMP_ENTRIES, JUMP2_ENTRIES, JUMP2_HASH, JUMP2_SHIFT, TLB_ENTRIES, gpr_slot,
+    jumps_base, jumps2_base, off, tlb_base,
+};
 
 /// Guest register held by each host register while translated code runs: RAX-R12 as they are, R13
 /// holds the guest's RSP. The guest's R13-R15 live in memory; R14 and R15 are scratch.
@@ -43,6 +46,9 @@ pub struct Stubs {
     pub link: u64,
     /// Reached by `jmp`.
     pub jump: u64,
+    /// Reached by `jmp`, by TLB: looks the linear address in T up in the second-level jump cache; else
+    /// goes on to `jump`.
+    pub lookup: [u64; 3],
     /// Reached by `call`.
     pub memory: u64,
     /// Reached by `call`.
@@ -175,9 +181,41 @@ pub fn emit(a: &mut Asm, helpers: &Helpers, avx: bool) -> Stubs {
             crate::refill::emit(a, which, write != 0);
         }
     }
+    for which in 0..3 {
+        s.lookup[which] = a.pc();
+        lookup(a, which, s.jump);
+    }
     s.commit = a.pc();
     commit(a);
     s
+}
+
+fn lookup(a: &mut Asm, which: usize, jump: u64) {
+    let level2 = jumps2_base(which);
+    let level1 = jumps_base(which);
+    a.cmp_mem_imm8(Size::D, Mem::Gs(off::ATTENTION), 0);
+    a.jcc_to(cc::NE, jump);
+    a.op_reg(Size::Q, &[0x69], I, T); // imul
+    a.d32(JUMP2_HASH as u32);
+    a.shr(I, JUMP2_SHIFT - 4);
+    a.alu_imm(Size::D, 4, I, ((JUMP2_ENTRIES - 1) << 4) as i32);
+    a.op_mem(Size::Q, &[0x3b], T, Mem::GsBase(I, level2)); // cmp
+    a.jcc_to(cc::NE, jump);
+    a.store(Size::Q, Mem::Gs(off::CROSS_SPILL), reg::RAX);
+    a.load(Size::Q, reg::RAX, Mem::GsBase(I, level2 + 8));
+    a.store(Size::Q, Mem::Gs(off::CONT), reg::RAX);
+    a.mov(I, T);
+    a.op_reg(Size::Q, &[0xc1], 1, I); // ror
+    a.bytes(&[12]);
+    a.op_reg(Size::D, &[0x31], T, I); // xor
+    a.alu_imm(Size::D, 4, I, (JUMP_ENTRIES - 1) as i32);
+    a.op_reg(Size::D, &[0xc1], 4, I); // shl
+    a.bytes(&[4]);
+    a.store(Size::Q, Mem::GsBase(I, level1), T);
+    a.store(Size::Q, Mem::GsBase(I, level1 + 8), reg::RAX);
+    a.load(Size::Q, reg::RAX, Mem::Gs(off::CROSS_SPILL));
+    a.store_imm(Size::D, Mem::Gs(off::BRANCH), 0);
+    a.jmp_mem(Mem::Gs(off::CONT));
 }
 
 /// `[I + T]` is the operand when I is this far from the bounce buffer and T the page offset.

@@ -5,8 +5,8 @@
 
 use crate::context::Context;
 use crate::layout::{
-    GROUP_SHIFT, JUMP_ENTRIES, JumpEntry, TLB_ENTRIES, TLB_GROUPS, TLB_KERNEL, TLB_KERNEL_AC,
-    TLB_USER, TlbEntry, jump_index, tlb_index,
+    GROUP_SHIFT, JUMP_ENTRIES, JUMP2_ENTRIES, JumpEntry, TLB_ENTRIES, TLB_GROUPS, TLB_KERNEL,
+    TLB_KERNEL_AC, TLB_USER, TlbEntry, jump_index, jump2_index, tlb_index,
 };
 use crate::refill::Structures;
 use x86emu::env::Flush;
@@ -36,6 +36,9 @@ pub struct Caches {
     pub tlb: [[TlbEntry; TLB_ENTRIES]; 3],
     /// The jump caches, one beside each TLB; each holds code for one context at a time.
     pub jumps: [[JumpEntry; JUMP_ENTRIES]; 3],
+    /// The second level of the jump caches, with another hash: what fell out of the first to another address
+    /// of the same index is found here by emitted code.
+    pub jumps2: [[JumpEntry; JUMP2_ENTRIES]; 3],
     /// The context of the user's jump cache, and the family of the supervisor's.
     jump_ctx: [u32; 2],
     code: [CodeEntry; CODE_ENTRIES],
@@ -48,6 +51,7 @@ pub struct Caches {
     /// What emitted code fills the TLBs from.
     pub structures: Structures,
     jumps_filled: [Vec<u16>; 3],
+    jumps2_filled: [Vec<u16>; 3],
     /// One bit per hash of a page of 2 MiB, and of 1 GiB, that was cached since the last full flush.
     large: [[u64; 8]; 2],
     /// The user's, the supervisor's jump cache has entries for code that is not global.
@@ -86,9 +90,11 @@ impl Caches {
         unsafe {
             (&raw mut (*this).code_filled).write(Vec::new());
             (&raw mut (*this).jumps_filled).write(Default::default());
+            (&raw mut (*this).jumps2_filled).write(Default::default());
             for which in 0..3 {
                 (*this).tlb[which][0] = TlbEntry::invalid(0);
                 (*this).jumps[which][0] = JumpEntry::empty(0);
+                (*this).jumps2[which][0] = JumpEntry::empty(0);
             }
             (*this).jump_ctx = [u32::MAX; 2];
         }
@@ -136,6 +142,11 @@ impl Caches {
             self.jumps_filled[u].push(i as u16);
         }
         self.jumps[u][i] = JumpEntry { pc, host };
+        let i = jump2_index(pc);
+        if self.jumps2[u][i].host == 0 {
+            self.jumps2_filled[u].push(i as u16);
+        }
+        self.jumps2[u][i] = JumpEntry { pc, host };
         self.note_jump_page(pc);
     }
 
@@ -268,6 +279,10 @@ impl Caches {
             self.jumps[u][usize::from(i)] = JumpEntry::empty(usize::from(i));
         }
         self.jumps_filled[u].clear();
+        for &i in &self.jumps2_filled[u] {
+            self.jumps2[u][usize::from(i)] = JumpEntry::empty(usize::from(i));
+        }
+        self.jumps2_filled[u].clear();
     }
 
     /// Drops the jump caches and the code-page TLB.

@@ -98,12 +98,12 @@ impl Tx<'_> {
     /// `from`: of an indirect branch, its page offset and what it has added to RSP, for the case that
     /// the target is not canonical.
     pub(super) fn jump_t(&mut self, from: Option<(u16, i32)>) {
-        let stub = self.stubs.jump;
         if self.ctx.segmented() {
             // The target must be checked against the segment, which the jump cache knows nothing of.
-            self.a.jmp_to(stub);
+            self.a.jmp_to(self.stubs.jump);
             return;
         }
+        let stub = self.stubs.lookup[self.ctx.tlb()];
         let base = jumps_base(self.ctx.tlb());
         let a = &mut self.a;
         let miss = |a: &mut Asm| {

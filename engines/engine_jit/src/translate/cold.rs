@@ -218,7 +218,7 @@ impl Tx<'_> {
                 let branch = i32::from(branch) | 1 << 16;
                 self.a.store_imm(Size::D, Mem::Gs(off::BRANCH), branch);
                 self.a.store_imm(Size::D, Mem::Gs(off::BRANCH_MOVED), moved);
-                self.a.jmp_to(self.stubs.jump);
+                self.a.jmp_to(self.stubs.lookup[self.ctx.tlb()]);
             }
             Cold::Taken { jump, target, live } => {
                 self.a.bind(jump);
