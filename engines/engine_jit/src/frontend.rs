@@ -130,6 +130,9 @@ pub struct Decoded {
     pub live_in: u32,
     /// It uses the FPU.
     pub fpu: bool,
+    /// Offsets in the page that it jumps to and where an instruction reaches into the next page: those are reached
+    /// through the jump cache only.
+    pub crossing: Vec<u16>,
 }
 
 /// iced's bitness.
@@ -202,7 +205,8 @@ pub fn decode(page: &[u8], start: usize, ctx: Context) -> Option<Decoded> {
         last.kind = Kind::Interpret;
     }
     let mut lines = crate::cache::lines_of(start, end.clamp(start + 1, 4096) - start);
-    let live_in = liveness::backwards(&mut ops, page, ctx, end, closed, &mut lines);
+    let mut crossing = Vec::new();
+    let live_in = liveness::backwards(&mut ops, page, ctx, end, closed, &mut lines, &mut crossing);
     let fpu = ops.iter().any(|o| o.fpu && o.kind == Kind::Native);
     Some(Decoded {
         ops,
@@ -212,6 +216,7 @@ pub fn decode(page: &[u8], start: usize, ctx: Context) -> Option<Decoded> {
         lines,
         live_in,
         fpu,
+        crossing,
     })
 }
 

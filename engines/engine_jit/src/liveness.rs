@@ -2,7 +2,7 @@
 
 use crate::context::Context;
 use crate::frontend::{ARITH, Kind, Op, bits, op_of};
-use iced_x86::{Decoder, DecoderOptions, FlowControl};
+use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl};
 
 /// Computes liveness backwards; returns what is live on entry.
 pub fn backwards(
@@ -12,26 +12,33 @@ pub fn backwards(
     end: usize,
     closed: bool,
     lines: &mut u64,
+    crossing: &mut Vec<u16>,
 ) -> u32 {
     let mut live = if closed || end >= 4096 {
         ARITH
     } else {
-        peek(page, end as i64, ctx, lines)
+        peek(page, end as i64, ctx, lines, crossing)
     };
     for o in ops.iter_mut().rev() {
         match o.kind {
             Kind::Jcc(_, target) => {
-                o.live_target = peek(page, target, ctx, lines);
+                o.live_target = peek(page, target, ctx, lines, crossing);
                 o.live_after = live;
                 live |= o.live_target | o.reads;
             }
             Kind::SetAc(_) => {
-                o.live_target = peek(page, i64::from(o.off) + o.insn.len() as i64, ctx, lines);
+                o.live_target = peek(
+                    page,
+                    i64::from(o.off) + o.insn.len() as i64,
+                    ctx,
+                    lines,
+                    crossing,
+                );
                 o.live_after = o.live_target;
                 live = o.live_target;
             }
             Kind::Jmp(target) | Kind::Call(target) => {
-                o.live_target = peek(page, target, ctx, lines);
+                o.live_target = peek(page, target, ctx, lines, crossing);
                 o.live_after = o.live_target;
                 live = o.live_target;
             }
@@ -45,8 +52,9 @@ pub fn backwards(
     live
 }
 
-/// Flags live at offset `at` of the page, by a short look ahead; all of them outside the page.
-fn peek(page: &[u8], at: i64, ctx: Context, lines: &mut u64) -> u32 {
+/// Flags live at offset `at` of the page, by a short look ahead; all of them outside the page. `crossing`
+/// gets `at` if the instruction there reaches into the next page.
+fn peek(page: &[u8], at: i64, ctx: Context, lines: &mut u64, crossing: &mut Vec<u16>) -> u32 {
     let Ok(mut at) = usize::try_from(at) else {
         return ARITH;
     };
@@ -55,10 +63,14 @@ fn peek(page: &[u8], at: i64, ctx: Context, lines: &mut u64) -> u32 {
     }
     let mut undecided = ARITH;
     let mut live = 0;
+    let start = at;
     let mut decoder = Decoder::with_ip(bits(ctx), &page[at..], at as u64, DecoderOptions::NONE);
     for _ in 0..8 {
         let insn = decoder.decode();
         if insn.is_invalid() {
+            if at == start && decoder.last_error() == DecoderError::NoMoreBytes {
+                crossing.push(at as u16);
+            }
             break;
         }
         let o = op_of(&insn, &page[at..at + insn.len()], at as u16, ctx);

@@ -17,7 +17,7 @@ impl Tx<'_> {
         let code = cond as u8 - ConditionCode::o as u8;
         self.a.align_link(2);
         let jump = self.a.jcc(code);
-        let inside = (0..4096).contains(&target);
+        let inside = self.linkable(target);
         if inside && target > i64::from(op.off) {
             self.cold.push(Cold::Link {
                 site: jump,
@@ -34,9 +34,14 @@ impl Tx<'_> {
         }
     }
 
+    /// A jump to page offset `target` can be linked.
+    fn linkable(&self, target: i64) -> bool {
+        (0..4096).contains(&target) && !self.block.crossing.contains(&(target as u16))
+    }
+
     /// Jumps to a page offset; outside the page, through the jump cache.
     pub(super) fn jump_direct(&mut self, target: i64, live: u32, backwards: bool) {
-        if !(0..4096).contains(&target) {
+        if !self.linkable(target) {
             self.save_flags(live);
             self.load_linear(T, target);
             self.jump_t(None);
