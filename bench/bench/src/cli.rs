@@ -39,6 +39,8 @@ pub enum Command {
     Memory,
     /// What leaving guest code costs a VMM: exits, wake-ups, events; here and on this machine's /dev/kvm
     Exits,
+    /// Hottest translated code of the workloads of --only, guest and host instructions side by side; needs perf
+    Hot,
     /// QEMU with AnyKVM for its /dev/kvm beside the same QEMU with TCG: boot and workloads
     Qemu,
     /// The VMM of 'exits'
@@ -58,6 +60,7 @@ impl Command {
             Self::Prompt => "prompt",
             Self::Memory => "memory",
             Self::Exits => "exits",
+            Self::Hot => "hot",
             Self::Qemu => "qemu",
             Self::ExitsChild => "exits-child",
             Self::All => "all",

@@ -9,6 +9,7 @@ mod cli;
 mod cpio;
 mod exits;
 mod facts;
+mod hot;
 mod machine;
 mod memory;
 mod programs;
@@ -87,7 +88,7 @@ fn run(cli: &Cli) -> Result<bool> {
     for command in commands {
         println!();
         // Programs, their initial file system and their files are all in memory.
-        setup.default_memory = if command == Command::Programs {
+        setup.default_memory = if matches!(command, Command::Programs | Command::Hot) {
             1024
         } else {
             512
@@ -95,6 +96,7 @@ fn run(cli: &Cli) -> Result<bool> {
         let outcome = match command {
             Command::Boot => boot::run(&setup, &[Kind::AnyKvm, Kind::Tcg, Kind::Microvm])?,
             Command::User => user::run(&setup, Kind::AnyKvm)?,
+            Command::Hot => hot::run(&setup)?,
             Command::Programs => programs::run(&setup)?,
             Command::Qemu => qemu(&setup)?,
             Command::Exits => exits::run(&setup)?,

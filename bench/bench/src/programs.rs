@@ -58,7 +58,10 @@ pub fn run(setup: &Setup) -> Result<Outcome> {
 }
 
 /// The root file system with the programs, from the cache or from the archive.
-fn root() -> Result<PathBuf> {
+///
+/// # Errors
+/// If the archive does not help, or the cache cannot be written.
+pub fn root() -> Result<PathBuf> {
     let cache = archive::cache("anykvm-bench").map_err(|e| e.to_string())?;
     let doing = |e: std::io::Error| format!("cannot write the cache {}: {e}", cache.display());
     let lock = fs::File::create(cache.join("lock")).map_err(doing)?;

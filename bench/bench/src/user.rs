@@ -96,6 +96,22 @@ pub fn programs(setup: &Setup, root: &Path) -> Result<Outcome> {
     compare(setup, Kind::AnyKvm, &work)
 }
 
+/// An initial file system that runs what `--only` names: workloads or programs.
+///
+/// # Errors
+/// If neither has such a name, or it cannot be written.
+pub fn initrd(setup: &Setup) -> Result<PathBuf> {
+    match arguments(setup, "user", "list") {
+        Ok(arguments) => setup.initrd("hot.cpio", &arguments),
+        Err(why) => {
+            let Ok(arguments) = arguments(setup, "programs", "list-programs") else {
+                return Err(format!("{why}\nor a program of 'bench programs'"));
+            };
+            setup.initrd_with("hot.cpio", &arguments, &crate::programs::root()?)
+        }
+    }
+}
+
 /// The guest program's arguments for `what`; `list` names what there is.
 fn arguments(setup: &Setup, what: &str, list: &str) -> Result<String> {
     let (repetitions, divisor) = if setup.options.quick { (2, 4) } else { (5, 1) };

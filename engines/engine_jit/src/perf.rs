@@ -78,6 +78,7 @@ impl Log {
                 .flatten()
                 .map(|&at| (at, "cross")),
         );
+        all.extend(stubs.refill.iter().flatten().map(|&at| (at, "refill")));
         all.sort_unstable();
         let ends = all.iter().skip(1).map(|next| next.0).chain([end]);
         let mut text = String::new();
