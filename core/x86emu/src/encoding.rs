@@ -413,6 +413,11 @@ impl Encoding {
         self.high_byte
     }
 
+    /// Bytes of immediates, which end the instruction.
+    pub fn immediate_len(&self) -> u8 {
+        self.imm_len
+    }
+
     /// The register number in a field (0-31).
     pub fn register(&self, field: Field) -> Option<u8> {
         match field {

@@ -4,6 +4,9 @@
 
 use kvm_core::engine::EngineError;
 
+#[repr(C, packed)]
+struct Packed<T>(T);
+
 /// A region of code memory, handed out from low to high addresses.
 #[derive(Debug)]
 pub struct Arena {
@@ -144,8 +147,8 @@ impl Arena {
         self.used = used.min(self.used);
     }
 
-    /// Overwrites code at executable address `at`. Four bytes that lie in one cache line are written in
-    /// one store; other changes need every vCPU out of this code.
+    /// Overwrites code at executable address `at`. One, two, four and eight bytes that lie in one cache line
+    /// are written in one store; other changes need every vCPU out of this code.
     pub fn patch(&mut self, at: u64, bytes: &[u8]) {
         let Some(pos) = at.checked_sub(self.rx as u64).map(|p| p as usize) else {
             return;
@@ -156,14 +159,22 @@ impl Arena {
         {
             return;
         }
-        // SAFETY: `pos + len <= used <= size`. A store of four bytes within a cache line is one access
+        // SAFETY: `pos + len <= used <= size`. A store of up to eight bytes within a cache line is one access
         // on x86, aligned or not.
         unsafe {
-            match <[u8; 4]>::try_from(bytes) {
-                Ok(four) => self.rw.add(pos).cast::<[u8; 4]>().write_volatile(four),
-                Err(_) => {
-                    std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.rw.add(pos), bytes.len());
-                }
+            let p = self.rw.add(pos);
+            match *bytes {
+                [a] => p.write_volatile(a),
+                [a, b] => p
+                    .cast::<Packed<u16>>()
+                    .write_volatile(Packed(u16::from_le_bytes([a, b]))),
+                [a, b, c, d] => p
+                    .cast::<Packed<u32>>()
+                    .write_volatile(Packed(u32::from_le_bytes([a, b, c, d]))),
+                [a, b, c, d, e, f, g, h] => p
+                    .cast::<Packed<u64>>()
+                    .write_volatile(Packed(u64::from_le_bytes([a, b, c, d, e, f, g, h]))),
+                _ => std::ptr::copy_nonoverlapping(bytes.as_ptr(), p, bytes.len()),
             }
         }
     }

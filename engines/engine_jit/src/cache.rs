@@ -32,11 +32,35 @@ impl Hasher for IntHasher {
 
 type Map<K, V> = HashMap<K, V, BuildHasherDefault<IntHasher>>;
 
+/// An immediate of the guest's that was copied to host code as it is.
+#[derive(Clone, Copy, Debug)]
+pub struct Imm {
+    /// Page offset of the guest's.
+    pub off: u16,
+    /// Bytes.
+    pub len: u8,
+    /// Offset of the copy from the block's indirect entry.
+    pub host: u32,
+}
+
+/// A linked jump to a block.
+#[derive(Clone, Copy, Debug)]
+struct Link {
+    /// Address of its displacement.
+    site: u64,
+    /// The displacement that leads to the exit which links it.
+    exit: u32,
+    /// The block that it belongs to.
+    source: u32,
+}
+
 /// One translation.
 #[derive(Debug)]
 pub struct Block {
     /// Guest-physical address of the first instruction.
     pub phys: u64,
+    /// Page offset behind the last instruction, at most the page's end.
+    pub stop: u16,
     /// Context it was made for.
     pub ctx: u32,
     /// Entry for jumps that carry the linear address in T and the flags in memory.
@@ -60,16 +84,53 @@ pub struct Block {
     pub dead: bool,
     /// Host offset from `indirect` and guest page offset of each instruction.
     pub map: Box<[(u32, u16)]>,
+    /// Immediates that can be changed in place.
+    pub imms: Box<[Imm]>,
+    /// Page offsets of what it depends on beside its own instructions: starts and ends.
+    pub peeked: Box<[(u16, u16)]>,
 }
 
 /// A guest page that translations came from.
 #[derive(Debug)]
 struct CodePage {
-    /// Lines that `bytes` holds.
-    lines: u64,
+    /// Lines that `bytes` holds. Emitted code that has written to the page looks here, so its address
+    /// holds until [`Cache::clear`].
+    lines: Box<AtomicU64>,
     /// The bytes as they were translated.
     bytes: Box<[u8; 4096]>,
-    blocks: Vec<u32>,
+    /// Live translations and the lines that each depends on.
+    blocks: Vec<(u32, u64)>,
+    /// Lines that the translation in the making depends on.
+    watched: u64,
+}
+
+impl CodePage {
+    fn new() -> Self {
+        CodePage {
+            lines: Box::default(),
+            bytes: Box::new([0; 4096]),
+            blocks: Vec::new(),
+            watched: 0,
+        }
+    }
+
+    /// Counts again which lines are depended on.
+    fn recount(&mut self) {
+        let lines = self.blocks.iter().fold(self.watched, |all, b| all | b.1);
+        self.lines.store(lines, Ordering::SeqCst);
+    }
+
+    fn lines(&self) -> u64 {
+        self.lines.load(Ordering::Relaxed)
+    }
+}
+
+/// Bytes of a page that have changed.
+struct Changes {
+    /// Lines with a bit set in `bytes`.
+    lines: u64,
+    /// One bit per byte, by line.
+    bytes: [u64; 64],
 }
 
 /// All translations of a virtual machine.
@@ -80,6 +141,8 @@ pub struct Cache {
     pub stubs: Stubs,
     stubs_end: usize,
     blocks: Vec<Block>,
+    /// Linked jumps to each block.
+    links: Vec<Vec<Link>>,
     map: Map<(u64, u32), u32>,
     pages: Map<u64, CodePage>,
     /// Counts invalidations; a vCPU that sees it change must not go back into the block it left.
@@ -88,6 +151,11 @@ pub struct Cache {
     pub translated: u64,
     /// For profilers.
     pub perf: Option<Box<Log>>,
+    /// Blocks changed in place since start.
+    pub patched: u64,
+    /// Room for the guest's bytes while they are translated.
+    pub pages_read: Vec<u8>,
+    doomed: Vec<u32>,
 }
 
 /// Lines of a page that `[start, start + len)` touches.
@@ -95,6 +163,86 @@ pub fn lines_of(start: usize, len: usize) -> u64 {
     let first = start / 64;
     let last = (start + len.max(1) - 1).min(4095) / 64;
     (u64::MAX >> (63 - last)) & (u64::MAX << first)
+}
+
+/// Bits of the bytes `[start, end)` of a page that lie in a line.
+fn bytes_in(line: usize, start: usize, end: usize) -> u64 {
+    let from = start.max(line * 64) - line * 64;
+    let to = end.min(line * 64 + 64).saturating_sub(line * 64);
+    if from >= to {
+        return 0;
+    }
+    u64::MAX >> (64 - (to - from)) << from
+}
+
+/// Bits of the bytes in which two lines differ.
+fn difference(a: &[u8], b: &[u8; 64]) -> u64 {
+    let mut bits = 0;
+    for (i, (a, b)) in a.chunks_exact(8).zip(b.chunks_exact(8)).enumerate() {
+        if a != b {
+            for (j, (a, b)) in a.iter().zip(b).enumerate() {
+                bits |= u64::from(a != b) << (i * 8 + j);
+            }
+        }
+    }
+    bits
+}
+
+/// What a change of code means for a block.
+#[derive(PartialEq, Eq)]
+enum Verdict {
+    /// It does not depend on what has changed.
+    Keep,
+    /// Only immediates have changed.
+    Patch,
+    Kill,
+}
+
+impl Changes {
+    fn lines(&self) -> impl Iterator<Item = usize> + use<> {
+        let mut left = self.lines;
+        std::iter::from_fn(move || {
+            let line = (left != 0).then_some(left.trailing_zeros() as usize);
+            left &= left.wrapping_sub(1);
+            line
+        })
+    }
+
+    fn any(&self, start: u16, end: u16) -> bool {
+        self.lines()
+            .any(|l| self.bytes[l] & bytes_in(l, start.into(), end.into()) != 0)
+    }
+
+    fn verdict(&self, b: &Block, gfn: u64) -> Verdict {
+        if b.phys >> 12 != gfn || b.second.is_some_and(|s| s.0 == gfn) {
+            return Verdict::Kill;
+        }
+        if b.peeked.iter().any(|&(start, end)| self.any(start, end)) {
+            return Verdict::Kill;
+        }
+        let start = usize::from(b.phys as u16 & 0xfff);
+        let mut verdict = Verdict::Keep;
+        for line in self.lines() {
+            let mut changed = self.bytes[line] & bytes_in(line, start, b.stop.into());
+            if changed == 0 {
+                continue;
+            }
+            for i in &b.imms {
+                let bits = bytes_in(line, i.off.into(), usize::from(i.off) + usize::from(i.len));
+                // A store beyond a line of host code would be seen in parts.
+                let at = (b.indirect + u64::from(i.host)) % 64;
+                if changed & bits != 0 && at + u64::from(i.len) > 64 {
+                    return Verdict::Kill;
+                }
+                changed &= !bits;
+            }
+            if changed != 0 {
+                return Verdict::Kill;
+            }
+            verdict = Verdict::Patch;
+        }
+        verdict
+    }
 }
 
 impl Cache {
@@ -107,11 +255,15 @@ impl Cache {
             stubs,
             stubs_end,
             blocks: Vec::new(),
+            links: Vec::new(),
             map: Map::default(),
             pages: Map::default(),
             epoch,
             translated: 0,
             perf,
+            patched: 0,
+            pages_read: Vec::new(),
+            doomed: Vec::new(),
         }
     }
 
@@ -122,177 +274,211 @@ impl Cache {
             .and_then(|&i| self.blocks.get(i as usize))
     }
 
-    /// The block whose code contains host address `pc`.
-    pub fn block_at(&self, pc: u64) -> Option<&Block> {
+    fn index_at(&self, pc: u64) -> Option<usize> {
         let i = self
             .blocks
             .partition_point(|b| b.indirect <= pc)
             .checked_sub(1)?;
-        let b = &self.blocks[i];
-        (pc < b.end).then_some(b)
+        (pc < self.blocks[i].end).then_some(i)
     }
 
-    /// Bytes and lines of a page that translations depend on.
+    /// The block whose code contains host address `pc`.
+    pub fn block_at(&self, pc: u64) -> Option<&Block> {
+        self.index_at(pc).map(|i| &self.blocks[i])
+    }
+
+    /// Lines of a page that translations depend on.
     pub fn page_lines(&self, gfn: u64) -> u64 {
-        self.pages.get(&gfn).map_or(0, |p| p.lines)
+        self.pages.get(&gfn).map_or(0, CodePage::lines)
+    }
+
+    /// Where the lines of a page that translations depend on are kept. The address holds until
+    /// [`Cache::clear`].
+    pub fn lines_address(&mut self, gfn: u64) -> *const AtomicU64 {
+        let page = self.pages.entry(gfn).or_insert_with(CodePage::new);
+        &raw const *page.lines
+    }
+
+    /// Declares that a translation is about to depend on `lines`: from here on whoever writes there
+    /// comes to [`Cache::changed`] afterwards, so bytes that are read now are either the last or found to
+    /// be stale.
+    pub fn watch(&mut self, gfn: u64, lines: u64) {
+        let page = self.pages.entry(gfn).or_insert_with(CodePage::new);
+        page.watched |= lines;
+        page.lines.fetch_or(lines, Ordering::SeqCst);
     }
 
     /// Enters a translation made from `page`, the bytes of its guest page, and `second`, the start of
     /// the next one where it reaches there.
     pub fn insert(&mut self, block: Block, page: &[u8], second: &[u8]) {
         self.translated += 1;
-        let i = self.blocks.len() as u32;
-        self.cover(block.phys >> 12, block.lines, page, i);
+        self.cover(block.phys >> 12, block.lines, page);
         if let Some((gfn, lines)) = block.second {
-            self.cover(gfn, lines, second, i);
+            self.cover(gfn, lines, second);
         }
-        self.map.insert((block.phys, block.ctx), i);
-        self.blocks.push(block);
-    }
-
-    fn cover(&mut self, gfn: u64, lines: u64, bytes: &[u8], block: u32) {
-        let p = self.pages.entry(gfn).or_insert_with(|| CodePage {
-            lines: 0,
-            bytes: Box::new([0; 4096]),
-            blocks: Vec::new(),
-        });
-        for line in (0..64).filter(|line| lines & (1 << line) != 0) {
-            if let Some(from) = bytes.get(line * 64..line * 64 + 64) {
-                p.bytes[line * 64..][..64].copy_from_slice(from);
+        let i = self.blocks.len() as u32;
+        let first = Some((block.phys >> 12, block.lines));
+        for (gfn, lines) in [first, block.second].into_iter().flatten() {
+            if let Some(p) = self.pages.get_mut(&gfn) {
+                p.blocks.push((i, lines));
+                p.watched = 0;
             }
         }
-        p.lines |= lines;
-        p.blocks.push(block);
+        if let Some(old) = self.map.insert((block.phys, block.ctx), i) {
+            // It crosses into another second page.
+            self.kill(old);
+        }
+        self.blocks.push(block);
+        self.links.push(Vec::new());
     }
 
-    /// Lines whose bytes, as `read` copies them by number, differ from what was translated.
-    pub fn stale_lines(&self, gfn: u64, mut read: impl FnMut(usize, &mut [u8; 64])) -> u64 {
-        let Some(p) = self.pages.get(&gfn) else {
-            return 0;
+    /// Keeps the bytes of lines that a new translation depends on. Older ones that depend on other
+    /// bytes there go.
+    fn cover(&mut self, gfn: u64, lines: u64, bytes: &[u8]) {
+        self.watch(gfn, lines);
+        self.changed(gfn, lines, |line, now| {
+            if let Some(from) = bytes.get(line * 64..line * 64 + 64) {
+                now.copy_from_slice(from);
+            }
+        });
+    }
+
+    /// Bytes in `lines` of a page may have changed: `read` copies a line as it is now, by number.
+    /// Translations that depend on a byte that is another one now are changed in place, or killed. Other
+    /// vCPUs may be executing them; they leave at the next entry.
+    pub fn changed(&mut self, gfn: u64, lines: u64, mut read: impl FnMut(usize, &mut [u8; 64])) {
+        let Some(p) = self.pages.get_mut(&gfn) else {
+            return;
         };
-        let (mut stale, mut left) = (0, p.lines);
+        let mut changes = Changes {
+            lines: 0,
+            bytes: [0; 64],
+        };
+        let mut left = p.lines() & lines;
         let mut now = [0; 64];
         while left != 0 {
             let line = left.trailing_zeros() as usize;
             left &= left - 1;
+            let known = &mut p.bytes[line * 64..][..64];
+            now.copy_from_slice(known);
             read(line, &mut now);
-            if p.bytes[line * 64..][..64] != now {
-                stale |= 1 << line;
+            let bits = difference(known, &now);
+            if bits != 0 {
+                changes.lines |= 1 << line;
+                changes.bytes[line] = bits;
+                known.copy_from_slice(&now);
             }
         }
-        stale
+        if changes.lines == 0 {
+            return;
+        }
+        let mut doomed = std::mem::take(&mut self.doomed);
+        for &(i, lines) in &p.blocks {
+            if lines & changes.lines == 0 {
+                continue;
+            }
+            let b = &self.blocks[i as usize];
+            match changes.verdict(b, gfn) {
+                Verdict::Keep => {}
+                Verdict::Kill => doomed.push(i),
+                Verdict::Patch => {
+                    self.patched += 1;
+                    for imm in &b.imms {
+                        let (off, len) = (usize::from(imm.off), usize::from(imm.len));
+                        let at = b.indirect + u64::from(imm.host);
+                        if let Some(bytes) = p.bytes.get(off..off + len)
+                            && changes.any(imm.off, imm.off + u16::from(imm.len))
+                        {
+                            self.arena.patch(at, bytes);
+                        }
+                    }
+                }
+            }
+        }
+        doomed.dedup();
+        for i in doomed.drain(..) {
+            self.kill(i);
+        }
+        self.doomed = doomed;
     }
 
-    /// Kills every translation of the page that depends on one of `lines`. Other vCPUs may be executing
-    /// them; they leave at the next entry. False if the arena is full: then everything must go.
-    pub fn kill(&mut self, gfn: u64, lines: u64) -> bool {
-        let Some(p) = self.pages.get_mut(&gfn) else {
-            return true;
-        };
-        if p.lines & lines == 0 {
-            return true;
+    /// Takes a block out of use.
+    fn kill(&mut self, i: u32) {
+        let b = &mut self.blocks[i as usize];
+        if b.dead {
+            return;
         }
         self.epoch.fetch_add(1, Ordering::AcqRel);
-        let mut room = true;
-        let mut left = 0;
-        let mut keep = Vec::new();
-        for i in std::mem::take(&mut p.blocks) {
-            let b = &mut self.blocks[i as usize];
-            let on_page = match b.second {
-                Some((second, lines)) if second == gfn => lines,
-                _ => b.lines,
-            };
-            if b.dead {
-                continue;
-            }
-            if on_page & lines == 0 {
-                left |= on_page;
-                keep.push(i);
-                continue;
-            }
-            b.dead = true;
-            if self.map.get(&(b.phys, b.ctx)) == Some(&i) {
-                self.map.remove(&(b.phys, b.ctx));
-            }
-            room &= bury(&mut self.arena, &self.stubs, b);
+        b.dead = true;
+        if self.map.get(&(b.phys, b.ctx)) == Some(&i) {
+            self.map.remove(&(b.phys, b.ctx));
         }
-        p.blocks = keep;
-        p.lines = left;
-        if left == 0 {
-            self.pages.remove(&gfn);
+        // Each entry is one instruction of five bytes or more that starts an aligned word, so one store
+        // does it while other vCPUs execute there. At the first one T has the linear address.
+        self.arena
+            .patch_word(b.indirect, &to(0xe9, b.indirect, self.stubs.jump));
+        let dead = if b.live_in {
+            self.stubs.dead_flags
+        } else {
+            self.stubs.dead
+        };
+        self.arena.patch_word(b.direct, &to(0xe8, b.direct, dead));
+        if b.direct_fpu != b.direct {
+            self.arena
+                .patch_word(b.direct_fpu, &to(0xe8, b.direct_fpu, dead));
         }
-        room
+        (b.imms, b.peeked) = Default::default();
+        let (first, second) = (b.phys >> 12, b.second);
+        for l in std::mem::take(&mut self.links[i as usize]) {
+            if !self.blocks[l.source as usize].dead {
+                self.arena.patch(l.site, &l.exit.to_le_bytes());
+            }
+        }
+        for gfn in [Some(first), second.map(|s| s.0)].into_iter().flatten() {
+            if let Some(p) = self.pages.get_mut(&gfn) {
+                p.blocks.retain(|b| b.0 != i);
+                p.recount();
+            }
+        }
     }
 
-    /// Whether a page holds translations.
-    pub fn has_code(&self, gfn: u64) -> bool {
-        self.pages.contains_key(&gfn)
+    /// Links the jump whose displacement is at `site`, in the code around `from`, to an entry of the block
+    /// whose indirect entry is `indirect`. `exit`: where the jump led before.
+    pub fn link(&mut self, from: u64, site: u64, exit: u64, entry: u64, indirect: u64) {
+        let (Some(source), Some(target)) = (self.index_at(from), self.index_at(indirect)) else {
+            return;
+        };
+        if self.blocks[source].dead || self.blocks[target].dead {
+            return;
+        }
+        self.links[target].push(Link {
+            site,
+            exit: exit.wrapping_sub(site + 4) as u32,
+            source: source as u32,
+        });
+        let displacement = entry.wrapping_sub(site + 4) as u32;
+        self.arena.patch(site, &displacement.to_le_bytes());
     }
 
-    /// Drops everything. No vCPU may be in translated code, nor come back to a place in it.
+    /// Drops everything. No vCPU may be in translated code, nor come back to a place in it, nor keep an
+    /// address of [`Cache::lines_address`].
     pub fn clear(&mut self) {
         self.epoch.fetch_add(1, Ordering::AcqRel);
         self.blocks.clear();
+        self.links.clear();
         self.map.clear();
         self.pages.clear();
         self.arena.truncate(self.stubs_end);
     }
 
-    /// Redirects the linked entry `at` of a dead block to the block that took its place, whose indirect
-    /// entry is `indirect`.
-    pub fn heal(&mut self, at: u64, indirect: u64) {
-        let Some(old) = self.block_at(at).filter(|b| b.dead) else {
-            return;
-        };
-        let (phys, live_in) = (old.phys, old.live_in);
-        let fpu_entry = at == old.direct_fpu && old.direct != old.direct_fpu;
-        let Some(new) = self.block_at(indirect) else {
-            return;
-        };
-        // Who linked to the old block has the flags in EFLAGS only if that one wanted them.
-        let wrong_flags = new.live_in && !live_in;
-        if new.dead || wrong_flags || new.phys != phys || new.indirect != indirect {
-            return;
-        }
-        let to = if fpu_entry {
-            new.direct_fpu
-        } else {
-            new.direct
-        };
-        self.arena.patch_word(at, &jump(at, to));
-    }
-
-    /// Guest page numbers that hold translations.
+    /// Guest page numbers that hold translations, or did.
     pub fn gfns(&self) -> impl Iterator<Item = u64> + '_ {
         self.pages.keys().copied()
     }
 }
 
-/// `jmp to`, at `at`.
-fn jump(at: u64, to: u64) -> [u8; 5] {
-    let d = (to.wrapping_sub(at + 5) as u32).to_le_bytes();
-    [0xe9, d[0], d[1], d[2], d[3]]
-}
-
-/// Turns a block's entries into jumps to exits. Each entry is one instruction of five bytes or more that
-/// starts an aligned word, so one store does it while other vCPUs execute there. False if there
-/// is no room for the exits.
-fn bury(arena: &mut Arena, stubs: &Stubs, b: &Block) -> bool {
-    // T has the linear address here.
-    arena.patch_word(b.indirect, &jump(b.indirect, stubs.jump));
-    let second = (b.direct_fpu != b.direct).then_some(b.direct_fpu);
-    for at in [Some(b.direct), second].into_iter().flatten() {
-        let mut a = crate::asm::Asm::new(arena.next());
-        if b.live_in {
-            crate::flags::save(&mut a);
-        }
-        a.call_to(stubs.dead);
-        a.d32((b.phys & 0xfff) as u32);
-        a.bytes(&at.to_le_bytes());
-        let Some(exit) = arena.push(&a.buf) else {
-            return false;
-        };
-        arena.patch_word(at, &jump(at, exit));
-    }
-    true
+/// `jmp` (E9) or `call` (E8) of `target`, at `at`.
+fn to(opcode: u8, at: u64, target: u64) -> [u8; 5] {
+    let d = (target.wrapping_sub(at + 5) as u32).to_le_bytes();
+    [opcode, d[0], d[1], d[2], d[3]]
 }

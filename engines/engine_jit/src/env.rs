@@ -3,8 +3,7 @@
 
 use crate::layout::{TLB_KERNEL, TLB_KERNEL_AC, TLB_USER};
 use crate::tlb::Caches;
-use crate::world::{PAGE_CODE, World};
-use std::sync::atomic::Ordering;
+use crate::world::World;
 use x86defs::{cr4, rflags};
 use x86emu::env::{Env, Exception, Features, Flush, HostCpu, NativeRegs, PhysMem, RamRange, Stop};
 use x86emu::paging::{Access, Mapping};
@@ -65,7 +64,7 @@ impl PhysMem for JitEnv<'_> {
     fn host_ptr(&mut self, gpa: u64, len: usize, write: bool) -> Option<*mut u8> {
         if write
             && let Some(flags) = self.world.code_map.page(gpa)
-            && flags.load(Ordering::Acquire) & PAGE_CODE != 0
+            && self.world.note_write(flags)
         {
             self.written.push(
                 gpa >> 12,

@@ -126,6 +126,8 @@ pub struct Decoded {
     pub before_crossing: bool,
     /// Lines of the page it depends on.
     pub lines: u64,
+    /// Page offsets of what it depends on beside its own instructions: starts and ends.
+    pub peeked: Vec<(u16, u16)>,
     /// Flags live on entry.
     pub live_in: u32,
     /// It uses the FPU.
@@ -204,16 +206,25 @@ pub fn decode(page: &[u8], start: usize, ctx: Context) -> Option<Decoded> {
     if let Some(last) = ops.last_mut().filter(|o| o.kind == Kind::Sti) {
         last.kind = Kind::Interpret;
     }
+<<<<<<< HEAD
     let mut lines = crate::cache::lines_of(start, end.clamp(start + 1, 4096) - start);
     let mut crossing = Vec::new();
     let live_in = liveness::backwards(&mut ops, page, ctx, end, closed, &mut lines, &mut crossing);
+=======
+    let mut seen = liveness::Seen {
+        lines: crate::cache::lines_of(start, end.clamp(start + 1, 4096) - start),
+        ranges: Vec::new(),
+    };
+    let live_in = liveness::backwards(&mut ops, page, ctx, end, closed, &mut seen);
+>>>>>>> 7f173ed (engine_jit: writes to code pages in emitted code, immediates patched in place)
     let fpu = ops.iter().any(|o| o.fpu && o.kind == Kind::Native);
     Some(Decoded {
         ops,
         end: end as u16,
         closed,
         before_crossing,
-        lines,
+        lines: seen.lines,
+        peeked: seen.ranges,
         live_in,
         fpu,
         crossing,
@@ -272,6 +283,31 @@ fn may_leave_flags(insn: &Instruction) -> bool {
         OpKind::Immediate8 => insn.immediate8() & 31 == 0,
         _ => true,
     }
+}
+
+/// Page offset and length of an immediate that is an operand of arithmetic and nothing else: how the
+/// instruction is translated does not depend on it.
+pub fn immediate(op: &Op) -> Option<(u16, u8)> {
+    use Mnemonic as M;
+    let plain = op.kind == Kind::Native
+        && matches!(
+            op.insn.mnemonic(),
+            M::Mov
+                | M::Add
+                | M::Or
+                | M::Adc
+                | M::Sbb
+                | M::And
+                | M::Sub
+                | M::Xor
+                | M::Cmp
+                | M::Test
+                | M::Imul
+        );
+    let len = op.enc.filter(|_| plain)?.immediate_len();
+    // It is the last part of an instruction.
+    let end = op.off + op.insn.len() as u16;
+    (len != 0 && end <= 4096).then_some((end - u16::from(len), len))
 }
 
 /// Classifies an instruction and looks up its flags.

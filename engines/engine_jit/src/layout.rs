@@ -118,6 +118,12 @@ pub struct VcpuMem {
     pub cross_offset: u64,
     /// Host addresses of the two pages of a page-crossing write.
     pub cross_pages: [u64; 2],
+    /// Where the lines of the page in a write to code are kept; zero for a page-crossing write.
+    pub store_lines: u64,
+    /// Which entry of the code-write TLB that write used, as a byte offset.
+    pub store_entry: u64,
+    /// The write's inline data.
+    pub store_meta: u32,
     /// An operand that crosses a page: the end of the first page, then the start of the second.
     pub bounce: Bounce,
     /// Translation caches.
@@ -164,6 +170,10 @@ offsets! {
     CROSS_SPILL = cross_spill;
     CROSS_OFFSET = cross_offset;
     CROSS_PAGES = cross_pages;
+    STORE_LINES = store_lines;
+    STORE_ENTRY = store_entry;
+    STORE_META = store_meta;
+    CODE_WRITES = caches.code_writes.entries;
     BOUNCE = bounce;
     TLB = caches.tlb;
     JUMPS = caches.jumps;

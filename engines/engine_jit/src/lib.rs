@@ -10,6 +10,7 @@
 mod arena;
 mod asm;
 mod cache;
+mod code_writes;
 mod context;
 mod env;
 mod flags;

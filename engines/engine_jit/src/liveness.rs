@@ -1,8 +1,13 @@
 //! Which arithmetic flags are live where: only those must survive a TLB probe.
 
 use crate::context::Context;
+<<<<<<< HEAD
 use crate::frontend::{ARITH, Kind, Op, bits, op_of};
 use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl};
+=======
+use crate::frontend::{ARITH, Kind, Op, bits, immediate, op_of};
+use iced_x86::{Decoder, DecoderOptions, FlowControl};
+>>>>>>> 7f173ed (engine_jit: writes to code pages in emitted code, immediates patched in place)
 
 /// Computes liveness backwards; returns what is live on entry.
 pub fn backwards(
@@ -11,22 +16,35 @@ pub fn backwards(
     ctx: Context,
     end: usize,
     closed: bool,
+<<<<<<< HEAD
     lines: &mut u64,
     crossing: &mut Vec<u16>,
+=======
+    seen: &mut Seen,
+>>>>>>> 7f173ed (engine_jit: writes to code pages in emitted code, immediates patched in place)
 ) -> u32 {
     let mut live = if closed || end >= 4096 {
         ARITH
     } else {
+<<<<<<< HEAD
         peek(page, end as i64, ctx, lines, crossing)
+=======
+        peek(page, end as i64, ctx, seen)
+>>>>>>> 7f173ed (engine_jit: writes to code pages in emitted code, immediates patched in place)
     };
     for o in ops.iter_mut().rev() {
         match o.kind {
             Kind::Jcc(_, target) => {
+<<<<<<< HEAD
                 o.live_target = peek(page, target, ctx, lines, crossing);
+=======
+                o.live_target = peek(page, target, ctx, seen);
+>>>>>>> 7f173ed (engine_jit: writes to code pages in emitted code, immediates patched in place)
                 o.live_after = live;
                 live |= o.live_target | o.reads;
             }
             Kind::SetAc(_) => {
+<<<<<<< HEAD
                 o.live_target = peek(
                     page,
                     i64::from(o.off) + o.insn.len() as i64,
@@ -34,11 +52,18 @@ pub fn backwards(
                     lines,
                     crossing,
                 );
+=======
+                o.live_target = peek(page, i64::from(o.off) + o.insn.len() as i64, ctx, seen);
+>>>>>>> 7f173ed (engine_jit: writes to code pages in emitted code, immediates patched in place)
                 o.live_after = o.live_target;
                 live = o.live_target;
             }
             Kind::Jmp(target) | Kind::Call(target) => {
+<<<<<<< HEAD
                 o.live_target = peek(page, target, ctx, lines, crossing);
+=======
+                o.live_target = peek(page, target, ctx, seen);
+>>>>>>> 7f173ed (engine_jit: writes to code pages in emitted code, immediates patched in place)
                 o.live_after = o.live_target;
                 live = o.live_target;
             }
@@ -52,9 +77,14 @@ pub fn backwards(
     live
 }
 
+<<<<<<< HEAD
 /// Flags live at offset `at` of the page, by a short look ahead; all of them outside the page. `crossing`
 /// gets `at` if the instruction there reaches into the next page.
 fn peek(page: &[u8], at: i64, ctx: Context, lines: &mut u64, crossing: &mut Vec<u16>) -> u32 {
+=======
+/// Flags live at offset `at` of the page, by a short look ahead; all of them outside the page.
+fn peek(page: &[u8], at: i64, ctx: Context, seen: &mut Seen) -> u32 {
+>>>>>>> 7f173ed (engine_jit: writes to code pages in emitted code, immediates patched in place)
     let Ok(mut at) = usize::try_from(at) else {
         return ARITH;
     };
@@ -63,7 +93,11 @@ fn peek(page: &[u8], at: i64, ctx: Context, lines: &mut u64, crossing: &mut Vec<
     }
     let mut undecided = ARITH;
     let mut live = 0;
+<<<<<<< HEAD
     let start = at;
+=======
+    let mut from = at;
+>>>>>>> 7f173ed (engine_jit: writes to code pages in emitted code, immediates patched in place)
     let mut decoder = Decoder::with_ip(bits(ctx), &page[at..], at as u64, DecoderOptions::NONE);
     for _ in 0..8 {
         let insn = decoder.decode();
@@ -79,11 +113,32 @@ fn peek(page: &[u8], at: i64, ctx: Context, lines: &mut u64, crossing: &mut Vec<
         if !stop {
             undecided &= !o.kills;
         }
-        *lines |= crate::cache::lines_of(at, insn.len());
+        seen.lines |= crate::cache::lines_of(at, insn.len());
         at += insn.len();
+        if let Some((_, len)) = immediate(&o) {
+            seen.add(from, at - usize::from(len));
+            from = at;
+        }
         if stop || undecided == 0 || at >= 4096 {
             break;
         }
     }
+    seen.add(from, at);
     live | undecided
+}
+
+/// What looking ahead has looked at.
+pub struct Seen {
+    /// Lines of the page.
+    pub lines: u64,
+    /// Starts and ends of what the result depends on.
+    pub ranges: Vec<(u16, u16)>,
+}
+
+impl Seen {
+    fn add(&mut self, start: usize, end: usize) {
+        if start < end {
+            self.ranges.push((start as u16, end.min(4096) as u16));
+        }
+    }
 }

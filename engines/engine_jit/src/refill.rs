@@ -277,6 +277,8 @@ pub fn emit(a: &mut Asm, which: usize, write: bool) {
             a.op_mem(Size::D, &[0xf6], 0, flags);
             a.bytes(&[bit]);
         };
+        test(a, PAGE_CODE);
+        fails.push(a.jcc(cc::NE));
         test(a, PAGE_WRITTEN);
         let marked = a.jcc(cc::NE);
         a.bytes(&[0xf0]); // lock or

@@ -29,7 +29,11 @@ pub const HELPERS: Helpers = Helpers {
     poll: helper_poll,
     dead: helper_dead,
     fault: helper_fault,
+    wrote: helper_wrote,
 };
+
+/// How often a block's bytes are read until they hold still.
+const MAX_READS: usize = 100;
 
 /// One [`kvm_core::engine::EngineVcpu::run`] in progress.
 pub struct Runner<'a> {
@@ -224,37 +228,33 @@ impl<'a> Runner<'a> {
         list.into_iter().all(|(gfn, lines)| self.kill(gfn, lines))
     }
 
+    /// Invalidates translations of what has changed in `lines` of a page. False if the vCPU must leave.
     fn kill(&mut self, gfn: u64, lines: u64) -> bool {
-        let Some(mut cache) = self.world.cache(self.me) else {
-            // The world was stopped while waiting; the write stands, so its translations must go before
-            // this vCPU leaves.
-            self.vm.attention.store(1, Ordering::SeqCst);
-            self.world.leave(self.me);
-            let mut cache = self.world.cache_outside();
-            if !self.kill_locked(&mut cache, gfn, lines) {
-                self.clear(&mut cache);
+        let page = self.env.host_ptr(gfn << 12, 4096, false);
+        let read = |line: usize, now: &mut [u8; 64]| {
+            let Some(page) = page else {
+                // Not readable now: none of it holds.
+                now.iter_mut().for_each(|b| *b = !*b);
+                return;
+            };
+            // SAFETY: `host_ptr` vouches for the page, of which this is one of 64 lines. Other vCPUs may
+            // write it; whoever does comes here afterwards.
+            unsafe {
+                now.as_mut_ptr()
+                    .copy_from_nonoverlapping(page.add(line * 64), now.len());
             }
-            drop(cache);
-            self.world.enter(self.me);
-            return false;
         };
-        if !self.kill_locked(&mut cache, gfn, lines) {
-            self.clear(&mut cache);
-        }
-        true
-    }
-
-    fn kill_locked(&self, cache: &mut cache::Cache, gfn: u64, lines: u64) -> bool {
-        if cache.page_lines(gfn) & lines == 0 {
+        if let Some(mut cache) = self.world.cache(self.me) {
+            cache.changed(gfn, lines, read);
             return true;
         }
-        let room = cache.kill(gfn, lines);
-        if !cache.has_code(gfn)
-            && let Some(flags) = self.world.code_map.page(gfn << 12)
-        {
-            flags.fetch_and(!PAGE_CODE, Ordering::AcqRel);
-        }
-        room
+        // The world was stopped while waiting; the write stands, so its translations must go before
+        // this vCPU leaves.
+        self.vm.attention.store(1, Ordering::SeqCst);
+        self.world.leave(self.me);
+        self.world.cache_outside().changed(gfn, lines, read);
+        self.world.enter(self.me);
+        false
     }
 
     /// Linear address of the next instruction.
@@ -369,23 +369,9 @@ impl<'a> Runner<'a> {
         if self.env.host_ptr(gfn << 12, 4096, false).is_none() {
             return Ok(None);
         }
-        if flags.load(Ordering::Acquire) & PAGE_CODE != 0 {
-            // A device or user space may have replaced the code without a write that was seen.
-            let page = self.env.host_ptr(gfn << 12, 4096, false).ok_or(())?;
-            let stale = match self.world.cache(self.me) {
-                Some(cache) => cache.stale_lines(gfn, |line, now| {
-                    // SAFETY: `host_ptr` vouches for the page, of which this is one of 64 lines. Other
-                    // vCPUs may write it; a torn line is stale or found at the next look.
-                    unsafe {
-                        now.as_mut_ptr()
-                            .copy_from_nonoverlapping(page.add(line * 64), now.len());
-                    }
-                }),
-                None => return self.leave(),
-            };
-            if stale != 0 && !self.kill(gfn, stale) {
-                return self.leave();
-            }
+        // A device or user space may have replaced the code without a write that was seen.
+        if flags.load(Ordering::Acquire) & PAGE_CODE != 0 && !self.kill(gfn, u64::MAX) {
+            return self.leave();
         }
         self.vm.caches.fill_code(ctx.user(), pc, &m);
         Ok(Some(m.gpa))
@@ -396,15 +382,27 @@ impl<'a> Runner<'a> {
         Err(())
     }
 
-    fn read_page(&mut self, gfn: u64) -> Option<[u8; 4096]> {
+    /// Copies `to.len()` bytes of a page from `offset` on.
+    fn read_page(&mut self, gfn: u64, offset: usize, to: &mut [u8]) -> Option<()> {
         let p = self.env.host_ptr(gfn << 12, 4096, false)?;
-        let mut page = [0u8; 4096];
-        // SAFETY: `host_ptr` vouches for 4096 bytes of guest RAM. Other vCPUs may write them; each
-        // byte is read once, and a torn instruction is found when its page is checked again.
-        unsafe {
-            std::ptr::copy_nonoverlapping(p, page.as_mut_ptr(), 4096);
+        if offset + to.len() > 4096 {
+            return None;
         }
-        Some(page)
+        // SAFETY: `host_ptr` vouches for 4096 bytes of guest RAM. Other vCPUs may write them; what is
+        // torn is found when the lines are read again.
+        unsafe {
+            std::ptr::copy_nonoverlapping(p.add(offset), to.as_mut_ptr(), to.len());
+        }
+        Some(())
+    }
+
+    /// The bytes of `lines` are still those in `page`.
+    fn unchanged(&mut self, gfn: u64, lines: u64, page: &[u8]) -> bool {
+        let mut now = [0; 64];
+        (0..64).filter(|line| lines & (1 << line) != 0).all(|line| {
+            self.read_page(gfn, line * 64, &mut now).is_some()
+                && page.get(line * 64..line * 64 + 64) == Some(&now[..])
+        })
     }
 
     /// The block at a guest-physical address, translated if need be. `second`: the page that follows
@@ -421,6 +419,17 @@ impl<'a> Runner<'a> {
             self.exit = Some(Exit::Interrupted);
             return Err(NoBlock::Leave);
         };
+        self.block_in(&mut cache, phys, second, ctx, f)
+    }
+
+    fn block_in<R>(
+        &mut self,
+        cache: &mut cache::Cache,
+        phys: u64,
+        second: Option<u64>,
+        ctx: Context,
+        f: impl Fn(&cache::Block) -> R,
+    ) -> Result<R, NoBlock> {
         if let Some(b) = cache.find(phys, ctx.0) {
             match (b.second, second) {
                 (None, _) => return Ok(f(b)),
@@ -430,58 +439,94 @@ impl<'a> Runner<'a> {
             }
         }
         if cache.arena.left() < 1 << 20 {
-            self.clear(&mut cache);
+            self.clear(cache);
         }
-        self.claim(&mut cache, phys).ok_or(NoBlock::Leave)?;
-        let page = self.read_page(phys >> 12).ok_or(NoBlock::Leave)?;
-        let start = (phys & 0xfff) as usize;
-        let mut next = [0; 4096];
-        let (decoded, second) = match frontend::decode(&page, start, ctx) {
-            Some(decoded) => (decoded, None),
-            None => {
-                let gpa = second.ok_or(NoBlock::NeedsSecond)?;
-                self.claim(&mut cache, gpa).ok_or(NoBlock::Leave)?;
-                next = self.read_page(gpa >> 12).ok_or(NoBlock::Leave)?;
-                let both = [&page[..], &next[..frontend::BEYOND]].concat();
-                let decoded = frontend::decode(&both, start, ctx).ok_or(NoBlock::Leave)?;
-                let beyond = usize::from(decoded.end).saturating_sub(4096);
-                (decoded, Some((gpa >> 12, cache::lines_of(0, beyond))))
-            }
-        };
-        let base = cache.arena.next();
-        let code = translate(&decoded, ctx, &world.stubs, base, world.bmi2);
-        self.stats.translated += decoded.ops.len() as u64;
-        let Some(at) = cache.arena.push(&code.bytes) else {
-            self.exit = Some(Exit::InternalError);
-            return Err(NoBlock::Leave);
-        };
-        let block = cache::Block {
-            phys,
-            ctx: ctx.0,
-            indirect: at,
-            direct: at + code.direct as u64,
-            direct_fpu: at + code.direct_fpu as u64,
-            end: at + code.bytes.len() as u64,
-            live_in: decoded.live_in != 0,
-            fpu: decoded.fpu,
-            lines: decoded.lines,
-            second,
-            dead: false,
-            map: code.map.into_boxed_slice(),
-        };
-        if let Some(log) = &mut cache.perf {
-            let both = [page, next].concat();
-            let source = perf::Source {
-                linear: self.linear_pc() & !0xfff | phys & 0xfff,
-                user: ctx.user(),
-                bits: frontend::bits(ctx),
-                bytes: both.get(start..decoded.end.into()).unwrap_or_default(),
+        let mut pages = std::mem::take(&mut cache.pages_read);
+        pages.resize(4096 + 64, 0);
+        let made = self.translate_at(cache, phys, second, ctx, &mut pages);
+        let made = made.map(|block| {
+            let r = f(&block);
+            cache.insert(block, &pages[..4096], &pages[4096..]);
+            r
+        });
+        cache.pages_read = pages;
+        made
+    }
+
+    /// Translates a block; `pages` has the bytes it was made from afterwards.
+    fn translate_at(
+        &mut self,
+        cache: &mut cache::Cache,
+        phys: u64,
+        second: Option<u64>,
+        ctx: Context,
+        pages: &mut [u8],
+    ) -> Result<cache::Block, NoBlock> {
+        let (gfn, start) = (phys >> 12, (phys & 0xfff) as usize);
+        self.claim(cache, phys).ok_or(NoBlock::Leave)?;
+        for _ in 0..MAX_READS {
+            let (page, next) = pages.split_at_mut(4096);
+            self.read_page(gfn, 0, page).ok_or(NoBlock::Leave)?;
+            let (decoded, second) = match frontend::decode(page, start, ctx) {
+                Some(decoded) => (decoded, None),
+                None => {
+                    let gpa = second.ok_or(NoBlock::NeedsSecond)?;
+                    self.claim(cache, gpa).ok_or(NoBlock::Leave)?;
+                    self.read_page(gpa >> 12, 0, next).ok_or(NoBlock::Leave)?;
+                    let both = &pages[..4096 + frontend::BEYOND];
+                    let decoded = frontend::decode(both, start, ctx).ok_or(NoBlock::Leave)?;
+                    let beyond = usize::from(decoded.end).saturating_sub(4096);
+                    (decoded, Some((gpa >> 12, cache::lines_of(0, beyond))))
+                }
             };
-            log.block(&block, &source, &code.bytes);
+            // Writes are noticed from here on, and earlier ones are found.
+            cache.watch(gfn, decoded.lines);
+            let mut same = self.unchanged(gfn, decoded.lines, &pages[..4096]);
+            if let Some((gfn, lines)) = second {
+                cache.watch(gfn, lines);
+                same &= self.unchanged(gfn, lines, &pages[4096..]);
+            }
+            if !same {
+                continue;
+            }
+            let base = cache.arena.next();
+            let code = translate(&decoded, ctx, &self.world.stubs, base, self.world.bmi2);
+            self.stats.translated += decoded.ops.len() as u64;
+            let Some(at) = cache.arena.push(&code.bytes) else {
+                self.exit = Some(Exit::InternalError);
+                return Err(NoBlock::Leave);
+            };
+            let block = cache::Block {
+                phys,
+                stop: decoded.end.min(4096),
+                ctx: ctx.0,
+                indirect: at,
+                direct: at + code.direct as u64,
+                direct_fpu: at + code.direct_fpu as u64,
+                end: at + code.bytes.len() as u64,
+                live_in: decoded.live_in != 0,
+                fpu: decoded.fpu,
+                lines: decoded.lines,
+                second,
+                dead: false,
+                map: code.map.into_boxed_slice(),
+                imms: code.imms.into_boxed_slice(),
+                peeked: decoded.peeked.into_boxed_slice(),
+            };
+            if let Some(log) = &mut cache.perf {
+                let source = perf::Source {
+                    linear: self.linear_pc() & !0xfff | phys & 0xfff,
+                    user: ctx.user(),
+                    bits: frontend::bits(ctx),
+                    bytes: pages.get(start..decoded.end.into()).unwrap_or_default(),
+                };
+                log.block(&block, &source, &code.bytes);
+            }
+            return Ok(block);
         }
-        let r = f(&block);
-        cache.insert(block, &page, &next);
-        Ok(r)
+        // Another vCPU writes there all the time: its turn.
+        self.exit = Some(Exit::Interrupted);
+        Err(NoBlock::Leave)
     }
 
     /// Marks a page as holding code: from here on writes to it are noticed. First the mark, then
@@ -569,16 +614,17 @@ impl<'a> Runner<'a> {
         let write = word & meta::WRITE != 0;
         let crosses = (gva & 0xfff) + size > 4096;
         if !crosses {
-            return self.fill(gva, write);
+            return self.fill(gva, write, word & meta::BOUNCE != 0);
         }
         // Both pages at once: the bounce stub, which comes next, needs both.
         word & meta::BOUNCE != 0
-            && self.fill(gva, write)
-            && self.fill((gva | 0xfff).wrapping_add(1), write)
+            && self.fill(gva, write, false)
+            && self.fill((gva | 0xfff).wrapping_add(1), write, false)
     }
 
-    /// Enters the translation of `gva` into the TLB. False if it has none that may be cached.
-    fn fill(&mut self, gva: u64, write: bool) -> bool {
+    /// Enters the translation of `gva` into the TLB. False if it has none that may be cached. `beside`: the
+    /// access can use the code-write TLB.
+    fn fill(&mut self, gva: u64, write: bool, beside: bool) -> bool {
         let which = Context(self.vm.ctx).tlb();
         let VcpuMem { cpu, caches, .. } = &mut *self.vm;
         if !paging::canonical(cpu, gva) {
@@ -607,10 +653,14 @@ impl<'a> Runner<'a> {
         let Some(flags) = self.world.code_map.page(page) else {
             return false;
         };
-        if write {
-            // Marked before the check, so that a translation made meanwhile sees it.
-            let before = flags.fetch_or(PAGE_WRITTEN, Ordering::AcqRel);
-            if before & PAGE_CODE != 0 {
+        if write && self.world.note_write(flags) {
+            if !beside {
+                return false;
+            }
+            if !self.forgive(which, gva, page) {
+                return self.fill_code_write(which, gva, page);
+            }
+            if self.world.note_write(flags) {
                 return false;
             }
         }
@@ -636,6 +686,68 @@ impl<'a> Runner<'a> {
         }
         let s = &mut caches.structures;
         s.add(which, cpu, phys_bits, gva, m, table);
+    }
+
+    /// Lets emitted code write to a page that holds code.
+    fn fill_code_write(&mut self, which: usize, gva: u64, gpa: u64) -> bool {
+        let Some(host) = self.env.host_ptr(gpa, 4096, true) else {
+            return false;
+        };
+        let Some(mut cache) = self.world.cache(self.me) else {
+            self.vm.attention.store(1, Ordering::SeqCst);
+            return false;
+        };
+        let lines = cache.lines_address(gpa >> 12) as u64;
+        let code = cache.page_lines(gpa >> 12) != 0;
+        let writes = &mut self.vm.caches.code_writes;
+        writes.fill(which, gva, gpa, host as u64, lines, code);
+        true
+    }
+
+    /// Takes a page for data again that has held no code for a while. False if it stays a page of code.
+    fn forgive(&mut self, which: usize, gva: u64, gpa: u64) -> bool {
+        if !self.vm.caches.code_writes.exhausted(which, gva) {
+            return false;
+        }
+        let Some(cache) = self.world.cache(self.me) else {
+            return false;
+        };
+        let Some(flags) = self.world.code_map.page(gpa) else {
+            return false;
+        };
+        let data = cache.page_lines(gpa >> 12) == 0;
+        if data {
+            flags.fetch_and(!PAGE_CODE, Ordering::AcqRel);
+            self.vm.caches.code_writes.flush_page(gva);
+        }
+        data
+    }
+
+    /// Emitted code has written what translations were made from; `ret` is where it goes on.
+    fn wrote(&mut self, ret: u64) -> u64 {
+        let word = self.vm.store_meta;
+        let epoch = self.epoch();
+        let gpa = self.vm.caches.code_writes.gpa(self.vm.store_entry);
+        let offset = self.vm.cross_offset as usize & 0xfff;
+        let lines = cache::lines_of(offset, (word >> meta::SIZE_SHIFT) as usize);
+        let stay = self.kill(gpa >> 12, lines)
+            && (epoch == self.epoch()
+                || self
+                    .world
+                    .cache(self.me)
+                    .is_some_and(|cache| cache.block_at(ret).is_some_and(|b| !b.dead)));
+        if !stay {
+            self.sync((word & 0xfff) + (word >> meta::LEN_SHIFT & 15));
+            return self.dispatch();
+        }
+        if word & meta::FPU == 0 {
+            self.vm.fpu_reload = 0;
+        }
+        if word & meta::HOST_FLAGS != 0 {
+            self.world.stubs.wrote_back
+        } else {
+            ret
+        }
     }
 }
 
@@ -688,41 +800,36 @@ extern "sysv64" fn helper_memory(vm: *mut VcpuMem, ret: *const u8) -> u64 {
 
 extern "sysv64" fn helper_link(vm: *mut VcpuMem, ret: *const u8) -> u64 {
     // SAFETY: called by the stub with its contract.
-    let (r, w, site) = unsafe { (runner(vm), word(ret), relative(ret.add(4))) };
+    let (r, w) = unsafe { (runner(vm), word(ret)) };
+    // SAFETY: as above: where the displacement is, and where it leads now.
+    let (site, exit) = unsafe { (relative(ret.add(4)), relative(ret.add(8))) };
     r.stats.links += 1;
     let ctx = Context(r.vm.ctx);
     let offset = w & 0xfff;
     r.sync(offset);
-    let source = {
-        let Some(cache) = r.world.cache(r.me) else {
-            r.exit = Some(Exit::Interrupted);
-            return 0;
-        };
-        cache
-            .block_at(ret as u64)
-            .filter(|b| !b.dead)
-            .map(|b| (b.phys & !0xfff, r.world.epoch()))
+    let world = r.world;
+    let Some(mut cache) = world.cache(r.me) else {
+        r.exit = Some(Exit::Interrupted);
+        return 0;
     };
-    if let Some((page, epoch)) = source {
+    let source = cache.block_at(ret as u64).filter(|b| !b.dead);
+    if let Some(page) = source.map(|b| b.phys & !0xfff) {
+        let epoch = world.epoch();
         let fpu = w & meta::FPU != 0;
-        let found = r.block(page | u64::from(offset), None, ctx, |b| {
-            (
-                if fpu && b.fpu { b.direct_fpu } else { b.direct },
-                b.indirect,
-            )
+        let found = r.block_in(&mut cache, page | u64::from(offset), None, ctx, |b| {
+            let entry = if fpu && b.fpu { b.direct_fpu } else { b.direct };
+            (entry, b.indirect)
         });
         let (target, indirect) = match found {
             Ok(found) => found,
             Err(NoBlock::Leave) => return 0,
-            Err(NoBlock::NeedsSecond) => return r.dispatch(),
+            Err(NoBlock::NeedsSecond) => {
+                drop(cache);
+                return r.dispatch();
+            }
         };
-        let Some(mut cache) = r.world.cache(r.me) else {
-            r.exit = Some(Exit::Interrupted);
-            return 0;
-        };
-        if r.world.epoch() == epoch {
-            let rel = target.wrapping_sub(site + 4) as u32;
-            cache.arena.patch(site, &rel.to_le_bytes());
+        if world.epoch() == epoch {
+            cache.link(ret as u64, site, exit, target, indirect);
             drop(cache);
             if r.interrupted().is_none() {
                 r.vm.t = r.linear_pc();
@@ -730,8 +837,10 @@ extern "sysv64" fn helper_link(vm: *mut VcpuMem, ret: *const u8) -> u64 {
                 r.vm.split_flags();
                 return indirect;
             }
+            return r.dispatch();
         }
     }
+    drop(cache);
     r.dispatch()
 }
 
@@ -769,18 +878,16 @@ extern "sysv64" fn helper_poll(vm: *mut VcpuMem, ret: *const u8) -> u64 {
 }
 
 extern "sysv64" fn helper_dead(vm: *mut VcpuMem, ret: *const u8) -> u64 {
+    // SAFETY: called by the stub with its contract. The entry was an instruction of eight bytes, of which
+    // the call took five.
+    let (r, offset) = unsafe { (runner(vm), ret.cast::<u16>().read_unaligned()) };
+    r.sync(u32::from(offset));
+    r.dispatch()
+}
+
+extern "sysv64" fn helper_wrote(vm: *mut VcpuMem, ret: *const u8) -> u64 {
     // SAFETY: called by the stub with its contract.
-    let (r, w) = unsafe { (runner(vm), word(ret)) };
-    r.sync(w & 0xfff);
-    let entry = r.dispatch();
-    if entry != 0
-        && let Some(mut cache) = r.world.cache(r.me)
-    {
-        // SAFETY: the address of the entry stands behind the word.
-        let at = unsafe { ret.add(4).cast::<u64>().read_unaligned() };
-        cache.heal(at, entry);
-    }
-    entry
+    unsafe { runner(vm).wrote(ret as u64) }
 }
 
 extern "sysv64" fn helper_fault(vm: *mut VcpuMem, _: *const u8) -> u64 {

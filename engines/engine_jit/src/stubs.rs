@@ -2,10 +2,14 @@
 //! it into Rust.
 
 use crate::asm::{Asm, Mem, Size, at, cc, reg};
+use crate::code_writes::{CODE_WRITES, CodeWrite};
+use crate::flags;
 use crate::layout::{
     BOUNCE_HALF, JUMP_ENTRIES, JUMP2_ENTRIES, JUMP2_HASH, JUMP2_SHIFT, TLB_ENTRIES, gpr_slot,
     jumps_base, jumps2_base, off, tlb_base,
 };
+use crate::translate::meta;
+use std::mem::offset_of;
 
 /// Guest register held by each host register while translated code runs: RAX-R12 as they are, R13
 /// holds the guest's RSP. The guest's R13-R15 live in memory; R14 and R15 are scratch.
@@ -35,6 +39,8 @@ pub struct Helpers {
     pub dead: Helper,
     /// A host fault in translated code.
     pub fault: Helper,
+    /// A write touched what translations were made from.
+    pub wrote: Helper,
 }
 
 /// Addresses of the stubs.
@@ -55,18 +61,24 @@ pub struct Stubs {
     pub interpret: u64,
     /// Reached by `call`.
     pub poll: u64,
-    /// Reached by `call`.
+    /// Reached by `call`, with the block's page offset behind it.
     pub dead: u64,
+    /// The same with live flags in EFLAGS.
+    pub dead_flags: u64,
     /// Reached from the signal handler.
     pub fault: u64,
     /// `call`, by TLB, access and size class: brings an operand that crosses a page into the bounce
     /// buffer. T holds its linear address. With carry clear, I + T is its host address; with carry
-    /// set nothing has changed. Clobbers flags.
+    /// set nothing has changed. Clobbers flags. With the zero flag set, a write crosses no page but may be
+    /// to one that holds code; with carry and the zero flag set afterwards, the TLB has been filled.
     pub cross: [[[u64; 4]; 2]; 3],
     /// `call`, by TLB and access: fills the TLB; see [`crate::refill::emit`].
     pub refill: [[u64; 2]; 3],
-    /// `call`: writes the operand of I bytes in the bounce buffer back. Clobbers T and I, no flags.
+    /// `call`: completes a write that `cross` has begun; I holds its inline data. Clobbers T and I, no
+    /// flags.
     pub commit: u64,
+    /// Goes on behind a `commit` that called the helper, with flags from memory.
+    pub wrote_back: u64,
     /// `call`: loads the guest's FPU state. Clobbers nothing but T and I.
     pub load_fpu: u64,
 }
@@ -170,15 +182,30 @@ pub fn emit(a: &mut Asm, helpers: &Helpers, avx: bool) -> Stubs {
     s.interpret = exit(a, helpers.interpret, Entry::Call);
     s.poll = exit(a, helpers.poll, Entry::Call);
     s.dead = exit(a, helpers.dead, Entry::Call);
+    s.dead_flags = a.pc();
+    flags::save(a);
+    a.jmp_to(s.dead);
     s.fault = exit(a, helpers.fault, Entry::Jump);
+    let wrote = exit(a, helpers.wrote, Entry::Call);
+    s.wrote_back = a.pc();
+    flags::restore(a);
+    a.jmp_mem(Mem::Gs(off::RET_ADDR));
     for which in 0..3 {
+        for write in 0..2 {
+            s.refill[which][write] = a.pc();
+            crate::refill::emit(a, which, write != 0);
+        }
+        let code = a.pc();
+        code_write(a, which, s.refill[which][1]);
         for write in 0..2 {
             for class in 0..4 {
                 s.cross[which][write][class] = a.pc();
+                if write != 0 {
+                    a.jcc_to(cc::E, code);
+                    a.store_imm(Size::Q, Mem::Gs(off::STORE_LINES), 0);
+                }
                 cross(a, which, write != 0, 8 << class);
             }
-            s.refill[which][write] = a.pc();
-            crate::refill::emit(a, which, write != 0);
         }
     }
     for which in 0..3 {
@@ -186,7 +213,7 @@ pub fn emit(a: &mut Asm, helpers: &Helpers, avx: bool) -> Stubs {
         lookup(a, which, s.jump);
     }
     s.commit = a.pc();
-    commit(a);
+    commit(a, wrote);
     s
 }
 
@@ -216,6 +243,44 @@ fn lookup(a: &mut Asm, which: usize, jump: u64) {
     a.load(Size::Q, reg::RAX, Mem::Gs(off::CROSS_SPILL));
     a.store_imm(Size::D, Mem::Gs(off::BRANCH), 0);
     a.jmp_mem(Mem::Gs(off::CONT));
+}
+
+/// Looks the page of the write at T up in the code-write TLB, and tries to fill the TLB if it is not there.
+fn code_write(a: &mut Asm, which: usize, refill: u64) {
+    let spill = Mem::Gs(off::CROSS_SPILL);
+    let entry = |field: usize| Mem::GsBase(reg::RAX, off::CODE_WRITES + field as i32);
+    a.store(Size::Q, spill, reg::RAX);
+    a.mov(reg::RAX, T);
+    a.shr(reg::RAX, 12);
+    a.alu_imm(Size::D, 4, reg::RAX, CODE_WRITES as i32 - 1);
+    a.op_reg(Size::D, &[0xc1], 4, reg::RAX); // shl
+    a.bytes(&[size_of::<CodeWrite>().trailing_zeros() as u8]);
+    a.mov(I, T);
+    a.alu_imm(Size::Q, 4, I, -4096);
+    a.alu_imm(Size::Q, 1, I, which as i32);
+    a.op_mem(Size::Q, &[0x3b], I, entry(offset_of!(CodeWrite, tag))); // cmp
+    let other = a.jcc(cc::NE);
+    a.op_mem(Size::Q, &[0x83], 5, entry(offset_of!(CodeWrite, left))); // sub
+    a.bytes(&[1]);
+    let used_up = a.jcc(cc::B);
+    a.store(Size::Q, Mem::Gs(off::STORE_ENTRY), reg::RAX);
+    a.load(Size::Q, I, entry(offset_of!(CodeWrite, lines)));
+    a.store(Size::Q, Mem::Gs(off::STORE_LINES), I);
+    a.load(Size::Q, I, entry(offset_of!(CodeWrite, host)));
+    a.alu_imm(Size::D, 4, T, 4095); // clears carry
+    a.store(Size::Q, Mem::Gs(off::CROSS_OFFSET), T);
+    a.load(Size::Q, reg::RAX, spill);
+    a.bytes(&[0xc3]);
+    a.bind(other);
+    a.bind(used_up);
+    a.load(Size::Q, reg::RAX, spill);
+    a.call_to(refill);
+    let failed = a.jcc(cc::B);
+    a.op_reg(Size::D, &[0x31], I, I); // xor: the zero flag
+    a.bytes(&[0xf9, 0xc3]); // stc; ret
+    a.bind(failed);
+    a.op_reg(Size::Q, &[0x85], reg::RSP, reg::RSP); // test: no zero flag
+    a.bytes(&[0xf9, 0xc3]); // stc; ret
 }
 
 /// `[I + T]` is the operand when I is this far from the bounce buffer and T the page offset.
@@ -275,7 +340,7 @@ fn cross(a: &mut Asm, which: usize, write: bool, bytes: i32) {
     a.bytes(&[0xf9, 0xc3]); // stc; ret
 }
 
-fn commit(a: &mut Asm) {
+fn commit(a: &mut Asm, wrote: u64) {
     let saved = [
         (reg::RCX, off::CROSS_SPILL),
         (reg::RSI, off::CROSS_SPILL + 8),
@@ -285,6 +350,17 @@ fn commit(a: &mut Asm) {
         a.store(Size::Q, Mem::Gs(slot), r);
     }
     a.load(Size::Q, T, Mem::Gs(off::CROSS_OFFSET));
+    a.load(Size::Q, reg::RCX, Mem::Gs(off::STORE_LINES));
+    let bounced = a.jrcxz();
+    let code = a.jmp();
+    a.bind8(bounced);
+    // I = size, without touching flags.
+    a.store(Size::D, Mem::Gs(off::STORE_META), I);
+    a.load(
+        Size::B,
+        I,
+        Mem::Gs(off::STORE_META + meta::SIZE_SHIFT as i32 / 8),
+    );
     a.load(Size::Q, reg::RSI, Mem::Gs(off::THIS));
     a.lea(
         reg::RSI,
@@ -304,6 +380,45 @@ fn commit(a: &mut Asm) {
         a.load(Size::Q, r, Mem::Gs(slot));
     }
     a.bytes(&[0xc3]);
+
+    // The page holds code. RSI: flags as LAHF and SETO leave them in AX.
+    a.bind(code);
+    let swap = [0x48, 0x87, 0xf0]; // xchg rax, rsi
+    a.mov(reg::RSI, reg::RAX);
+    a.bytes(&[0x9f, 0x0f, 0x90, 0xc0]); // lahf; seto al
+    a.bytes(&swap);
+    a.store(Size::D, Mem::Gs(off::STORE_META), I);
+    // The write before the look at the lines: XCHG is locked.
+    a.op_mem(Size::Q, &[0x87], reg::RDI, Mem::Gs(off::CROSS_PAGES));
+    a.load(Size::Q, reg::RCX, at(reg::RCX, 0));
+    a.shr(I, meta::SIZE_SHIFT as u8);
+    a.lea(reg::RDI, Mem::Sib(Some(I), Some((T, 0)), -1));
+    a.shr(reg::RDI, 6);
+    a.shr(T, 6);
+    let mut hits = Vec::new();
+    for line in [T, reg::RDI] {
+        a.op_reg(Size::Q, &[0x0f, 0xa3], line, reg::RCX); // bt
+        hits.push(a.jcc(cc::B));
+    }
+    a.bytes(&swap);
+    a.bytes(&[0x04, 0x7f, 0x9e]); // add al, 127; sahf
+    a.mov(reg::RAX, reg::RSI);
+    for (r, slot) in saved {
+        a.load(Size::Q, r, Mem::Gs(slot));
+    }
+    a.bytes(&[0xc3]);
+    for h in hits {
+        a.bind(h);
+    }
+    a.op_mem(Size::D, &[0xf7], 0, Mem::Gs(off::STORE_META)); // test
+    a.d32(meta::HOST_FLAGS);
+    let in_memory = a.jcc(cc::E);
+    a.store(Size::W, Mem::Gs(off::FLAGS), reg::RSI);
+    a.bind(in_memory);
+    for (r, slot) in saved {
+        a.load(Size::Q, r, Mem::Gs(slot));
+    }
+    a.jmp_to(wrote);
 }
 
 enum Entry {

@@ -3,6 +3,7 @@
 //! They are filled and flushed here, and the TLBs by emitted code too (`refill`). Records of what was
 //! filled make a flush cost what it undoes.
 
+use crate::code_writes::CodeWrites;
 use crate::context::Context;
 use crate::layout::{
     GROUP_SHIFT, JUMP_ENTRIES, JUMP2_ENTRIES, JumpEntry, TLB_ENTRIES, TLB_GROUPS, TLB_KERNEL,
@@ -42,6 +43,8 @@ pub struct Caches {
     /// The context of the user's jump cache, and the family of the supervisor's.
     jump_ctx: [u32; 2],
     code: [CodeEntry; CODE_ENTRIES],
+    /// Writes to pages that hold code.
+    pub code_writes: CodeWrites,
     /// Indices of entries of `code` filled since they were last empty.
     code_filled: Vec<u16>,
     /// Groups of TLB entries filled since they were last empty, a bit each, per TLB: not global.
@@ -98,6 +101,7 @@ impl Caches {
             }
             (*this).jump_ctx = [u32::MAX; 2];
         }
+        (*this).code_writes.reset();
     }
 
     /// The entry that a linear address would use.
@@ -228,6 +232,7 @@ impl Caches {
     fn flush_data(&mut self, global: bool) {
         self.flushes += 1;
         self.structures.flush();
+        self.code_writes.flush();
         for which in 0..3 {
             let tlb = &mut self.tlb[which];
             let mut empty = |record: &mut [u64]| {
@@ -288,6 +293,7 @@ impl Caches {
     /// Drops the jump caches and the code-page TLB.
     pub fn flush_code(&mut self) {
         self.jump_flushes += 1;
+        self.code_writes.flush();
         for u in 0..3 {
             self.flush_jumps(u);
         }
@@ -307,6 +313,7 @@ impl Caches {
             return;
         }
         let i = tlb_index(gva);
+        self.code_writes.flush_page(gva);
         for which in 0..3 {
             let e = &mut self.tlb[which][i];
             if e.read == gva & !0xfff || e.write == gva & !0xfff {
@@ -331,6 +338,7 @@ impl Caches {
 
     /// Makes writes to a guest-physical range take the slow path again.
     pub fn unwrite_range(&mut self, gpa: u64, len: u64) {
+        self.code_writes.flush();
         for which in TLB_USER..3 {
             for w in 0..TLB_GROUPS / 64 {
                 let mut left = self.filled[which][w] | self.filled_global[which][w];

@@ -26,7 +26,7 @@ pub const CODE_MAP_PAGES: usize = 1 << 28;
 
 /// The page holds translated code.
 pub const PAGE_CODE: u8 = 1;
-/// Some TLB may let writes to the page through.
+/// Some TLB may let writes to the page through, or the interpreter may be writing to it.
 pub const PAGE_WRITTEN: u8 = 2;
 
 /// One byte of flags per guest page, reserved and not committed.
@@ -187,6 +187,20 @@ impl World {
             code,
             stubs,
         })
+    }
+
+    /// Notes that a vCPU is about to write to a page, or to let emitted code do so. True if the page holds
+    /// code; otherwise whoever translates from it stops the world first.
+    pub fn note_write(&self, flags: &AtomicU8) -> bool {
+        let before = flags.load(Ordering::Acquire);
+        if before & PAGE_CODE != 0 {
+            return true;
+        }
+        if before & PAGE_WRITTEN != 0 {
+            return false;
+        }
+        // Marked before the check, so that a translation made meanwhile sees it.
+        flags.fetch_or(PAGE_WRITTEN, Ordering::AcqRel) & PAGE_CODE != 0
     }
 
     /// Enters a vCPU.

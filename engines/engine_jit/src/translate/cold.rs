@@ -53,7 +53,8 @@ pub(super) enum Bounce {
     Never,
     /// It reads from the bounce buffer.
     Read,
-    /// A copy of the instruction works on the bounce buffer, which is written back.
+    /// A copy of the instruction works on the bounce buffer, which is written back, or on a page that holds
+    /// code, which is looked after.
     Write,
 }
 
@@ -83,13 +84,22 @@ impl Tx<'_> {
     }
 
     /// Behind the block: an access that crosses a page takes the bounce buffer if both pages are in the
-    /// TLB; everything else goes to the helper.
+    /// TLB, a write to a page with code goes on if that page is in the code-write TLB, and another stub tries
+    /// to fill the TLB; everything else goes to the helper.
     pub(super) fn emit_miss(&mut self, m: PendingMiss, op: usize, resume: usize, reload: bool) {
         self.a.bind(m.jump);
         self.a.op_mem(Size::Q, &[0x03], T, Mem::GsBase(I, m.tag)); // add: T is the address again
         let mut meta = m.meta;
         let mut crosses = None;
-        if m.size > 1 {
+        if m.bounce == Bounce::Write {
+            self.a.lea(I, at(T, m.size as i32 - 1));
+            self.a.op_reg(Size::Q, &[0x31], T, I); // xor
+            self.a.shr(I, 12);
+            self.emit_bounce(&m, op, resume);
+            let filled = self.a.jcc(cc::E);
+            self.a.bind_to(filled, m.retry);
+            meta |= meta::BOUNCE;
+        } else if m.size > 1 {
             self.a.lea(I, at(T, m.size as i32 - 1));
             self.a.op_reg(Size::Q, &[0x31], T, I); // xor
             self.a.shr(I, 12);
@@ -103,10 +113,12 @@ impl Tx<'_> {
                 meta |= meta::BOUNCE;
             }
         }
-        let write = usize::from(m.meta & meta::WRITE != 0);
-        self.a.call_to(self.stubs.refill[self.ctx.tlb()][write]);
-        let filled = self.a.jcc(cc::AE);
-        self.a.bind_to(filled, m.retry);
+        if m.bounce != Bounce::Write {
+            let write = usize::from(m.meta & meta::WRITE != 0);
+            self.a.call_to(self.stubs.refill[self.ctx.tlb()][write]);
+            let filled = self.a.jcc(cc::AE);
+            self.a.bind_to(filled, m.retry);
+        }
         if let Some(crosses) = crosses {
             self.a.bind(crosses);
         }
@@ -121,7 +133,8 @@ impl Tx<'_> {
         self.a.bind_to(pos, resume);
     }
 
-    /// An access that crosses a page, by way of the bounce buffer; goes on behind if that cannot be.
+    /// An access that crosses a page, by way of the bounce buffer, or a write to a page that may hold code;
+    /// goes on behind if that cannot be, then with the zero flag set if the probe is to be tried again.
     fn emit_bounce(&mut self, m: &PendingMiss, op: usize, resume: usize) {
         let class = m.size.next_power_of_two().max(8).trailing_zeros() as usize - 3;
         let write = usize::from(m.bounce == Bounce::Write);
@@ -140,7 +153,12 @@ impl Tx<'_> {
             self.map.push((self.a.here() as u32, op.off));
             self.flags = m.flags;
             self.with_memory(op, &o);
-            self.a.mov_imm(I, m.size as u64);
+            let host = if self.flags == Flags::Host {
+                meta::HOST_FLAGS
+            } else {
+                0
+            };
+            self.a.mov_imm(I, (m.meta | host).into());
             self.a.call_to(self.stubs.commit);
             let pos = self.a.jmp();
             self.a.bind_to(pos, resume);
@@ -182,6 +200,7 @@ impl Tx<'_> {
                 fpu,
             } => {
                 self.a.bind(site);
+                let exit = self.a.here();
                 if save {
                     flags::save(&mut self.a);
                 }
@@ -190,6 +209,7 @@ impl Tx<'_> {
                     .d32(u32::from(target) | if fpu { meta::FPU } else { 0 });
                 let here = self.a.here();
                 self.a.d32((site as i64 - here as i64) as i32 as u32);
+                self.a.d32((exit as i64 - here as i64 - 4) as i32 as u32);
             }
             Cold::Poll {
                 jump,

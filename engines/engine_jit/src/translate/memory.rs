@@ -238,7 +238,7 @@ impl Tx<'_> {
         }
         let mut enc = o.enc;
         if let Some(direct) = in_place(&op.insn, &enc, &o.slots) {
-            self.emit(&direct);
+            self.emit(op, &direct);
         } else {
             for (s, tmp) in o.slots.iter().zip([T, I]) {
                 if s.read {
@@ -248,7 +248,7 @@ impl Tx<'_> {
                     enc.set_register(f, tmp);
                 }
             }
-            self.emit(&enc);
+            self.emit(op, &enc);
             for (s, tmp) in o.slots.iter().zip([T, I]) {
                 if s.write {
                     self.a.store(Size::Q, Mem::Gs(gpr_slot(s.guest)), tmp);
@@ -275,25 +275,29 @@ impl Tx<'_> {
                 enc.set_register(f, T);
             }
             enc.set_memory(HostMem::BaseDisp(I, 0));
-            self.emit(&enc);
+            self.emit(op, &enc);
             if s.write {
                 self.a.store(Size::Q, Mem::Gs(gpr_slot(s.guest)), T);
             }
         } else {
             enc.set_memory(HostMem::BaseIndex(I, T));
-            self.emit(&enc);
+            self.emit(op, &enc);
         }
         if op.modifies != 0 {
             self.flags = Flags::Host;
         }
     }
 
-    pub(super) fn emit(&mut self, enc: &Encoding) {
+    pub(super) fn emit(&mut self, op: &Op, enc: &Encoding) {
         let mut out = [0; MAX_LEN];
         // `enc_fails` has tried it.
         let n = enc.emit(&mut out).unwrap_or(0);
         debug_assert!(n != 0);
         self.a.bytes(&out[..n]);
+        if let Some((off, len)) = immediate(op) {
+            let host = self.a.here() as u32 - u32::from(len);
+            self.imms.push(Imm { off, len, host });
+        }
     }
 
     pub(super) fn lea(&mut self, op: &Op) {

@@ -19,9 +19,10 @@ mod strings;
 mod system;
 
 use crate::asm::{Asm, Mem, Size, at, cc, reg};
+use crate::cache::Imm;
 use crate::context::Context;
 use crate::flags;
-use crate::frontend::{ARITH, Decoded, Kind, Op, Strings, access_size};
+use crate::frontend::{ARITH, Decoded, Kind, Op, Strings, access_size, immediate};
 use crate::layout::{
     JUMP_ENTRIES, TLB_ENTRIES, gpr_slot, jumps_base, off, seg_base, seg_limit, seg_selector,
     tlb_base,
@@ -46,6 +47,8 @@ pub struct Code {
     pub direct_fpu: usize,
     /// Host offset and guest page offset of each instruction.
     pub map: Vec<(u32, u16)>,
+    /// Immediates that were copied as they are.
+    pub imms: Vec<Imm>,
 }
 
 /// Bits of the inline data word behind a call of the `memory` and `interpret` stubs.
@@ -60,6 +63,8 @@ pub mod meta {
     pub const BOUNCE: u32 = 1 << 19;
     /// The access is a write.
     pub const WRITE: u32 = 1 << 17;
+    /// Behind the access, the guest's flags are in EFLAGS.
+    pub const HOST_FLAGS: u32 = 1 << 20;
     /// Size of the access in bytes.
     pub const SIZE_SHIFT: u32 = 24;
 }
@@ -81,6 +86,7 @@ struct Tx<'a> {
     info: InstructionInfoFactory,
     bmi2: bool,
     map: Vec<(u32, u16)>,
+    imms: Vec<Imm>,
     /// Jumps taken when an address lies beyond its segment's limit.
     beyond: Vec<usize>,
 }
@@ -97,6 +103,7 @@ pub fn translate(block: &Decoded, ctx: Context, stubs: &Stubs, base: u64, bmi2: 
         info: InstructionInfoFactory::new(),
         bmi2,
         map: Vec::with_capacity(block.ops.len()),
+        imms: Vec::new(),
         beyond: Vec::new(),
     };
     // Indirect entry: T is the linear address, the flags are in memory.
@@ -133,6 +140,7 @@ pub fn translate(block: &Decoded, ctx: Context, stubs: &Stubs, base: u64, bmi2: 
         direct,
         direct_fpu,
         map: x.map,
+        imms: x.imms,
     }
 }
 
@@ -154,14 +162,24 @@ impl Tx<'_> {
         self.ctx.code_size() == CodeSize::Bits64
     }
 
-    /// An entry for linked jumps: one instruction that can be overwritten with a jump in one store, also
-    /// while other vCPUs execute here.
+    /// An entry for linked jumps: one instruction that can be overwritten with a call in one store, also
+    /// while other vCPUs execute here. Behind the call there will be the block's page offset.
     fn entry(&mut self) -> usize {
-        while self.a.pc() % 8 > 3 {
-            self.a.bytes(&[0x90]);
-        }
+        const NOPS: [&[u8]; 8] = [
+            &[],
+            &[0x90],
+            &[0x66, 0x90],
+            &[0x0f, 0x1f, 0x00],
+            &[0x0f, 0x1f, 0x40, 0],
+            &[0x0f, 0x1f, 0x44, 0, 0],
+            &[0x66, 0x0f, 0x1f, 0x44, 0, 0],
+            &[0x0f, 0x1f, 0x80, 0, 0, 0, 0],
+        ];
+        self.a.bytes(NOPS[self.a.pc().wrapping_neg() as usize % 8]);
         let at = self.a.here();
-        self.a.bytes(&[0x0f, 0x1f, 0x44, 0, 0]);
+        let offset = self.block.ops.first().map_or(0, |o| o.off).to_le_bytes();
+        self.a
+            .bytes(&[0x0f, 0x1f, 0x84, 0, 0, offset[0], offset[1], 0]);
         at
     }
 

@@ -147,7 +147,7 @@ impl Tx<'_> {
         }
         enc.set_register(Field::Reg, T);
         enc.set_memory(HostMem::BaseDisp(I, 0));
-        self.emit(&enc);
+        self.emit(op, &enc);
         self.flags = Flags::Host;
         self.resume_miss([miss], op);
     }
