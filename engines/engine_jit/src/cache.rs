@@ -176,7 +176,7 @@ fn bytes_in(line: usize, start: usize, end: usize) -> u64 {
 }
 
 /// Bits of the bytes in which two lines differ.
-fn difference(a: &[u8], b: &[u8; 64]) -> u64 {
+fn difference(a: &[u8; 64], b: &[u8; 64]) -> u64 {
     let mut bits = 0;
     for (i, (a, b)) in a.chunks_exact(8).zip(b.chunks_exact(8)).enumerate() {
         if a != b {
@@ -274,7 +274,8 @@ impl Cache {
             .and_then(|&i| self.blocks.get(i as usize))
     }
 
-    fn index_at(&self, pc: u64) -> Option<usize> {
+    /// The number of the block whose code contains host address `pc`.
+    pub fn index_at(&self, pc: u64) -> Option<usize> {
         let i = self
             .blocks
             .partition_point(|b| b.indirect <= pc)
@@ -359,14 +360,15 @@ impl Cache {
         while left != 0 {
             let line = left.trailing_zeros() as usize;
             left &= left - 1;
-            let known = &mut p.bytes[line * 64..][..64];
+            let Some(known) = p.bytes[line * 64..].first_chunk_mut::<64>() else {
+                break;
+            };
             now.copy_from_slice(known);
             read(line, &mut now);
-            let bits = difference(known, &now);
-            if bits != 0 {
+            if *known != now {
                 changes.lines |= 1 << line;
-                changes.bytes[line] = bits;
-                known.copy_from_slice(&now);
+                changes.bytes[line] = difference(known, &now);
+                *known = now;
             }
         }
         if changes.lines == 0 {
@@ -442,13 +444,19 @@ impl Cache {
         }
     }
 
-    /// Links the jump whose displacement is at `site`, in the code around `from`, to an entry of the block
-    /// whose indirect entry is `indirect`. `exit`: where the jump led before.
-    pub fn link(&mut self, from: u64, site: u64, exit: u64, entry: u64, indirect: u64) {
-        let (Some(source), Some(target)) = (self.index_at(from), self.index_at(indirect)) else {
+    /// A translation by its number, which holds until it is killed.
+    pub fn get(&self, index: usize) -> Option<&Block> {
+        self.blocks.get(index)
+    }
+
+    /// Links the jump of block `source` whose displacement is at `site` to `entry` of the live translation
+    /// `(phys, ctx)`. `exit`: where the jump led before.
+    pub fn link(&mut self, source: usize, site: u64, exit: u64, entry: u64, to: (u64, u32)) {
+        let Some(&target) = self.map.get(&to) else {
             return;
         };
-        if self.blocks[source].dead || self.blocks[target].dead {
+        let target = target as usize;
+        if self.blocks[source].dead {
             return;
         }
         self.links[target].push(Link {

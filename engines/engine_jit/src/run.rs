@@ -812,8 +812,11 @@ extern "sysv64" fn helper_link(vm: *mut VcpuMem, ret: *const u8) -> u64 {
         r.exit = Some(Exit::Interrupted);
         return 0;
     };
-    let source = cache.block_at(ret as u64).filter(|b| !b.dead);
-    if let Some(page) = source.map(|b| b.phys & !0xfff) {
+    let source = cache.index_at(ret as u64);
+    let live = |b: &&cache::Block| !b.dead;
+    if let Some(source) = source
+        && let Some(page) = cache.get(source).filter(live).map(|b| b.phys & !0xfff)
+    {
         let epoch = world.epoch();
         let fpu = w & meta::FPU != 0;
         let found = r.block_in(&mut cache, page | u64::from(offset), None, ctx, |b| {
@@ -829,7 +832,8 @@ extern "sysv64" fn helper_link(vm: *mut VcpuMem, ret: *const u8) -> u64 {
             }
         };
         if world.epoch() == epoch {
-            cache.link(ret as u64, site, exit, target, indirect);
+            let to = (page | u64::from(offset), ctx.0);
+            cache.link(source, site, exit, target, to);
             drop(cache);
             if r.interrupted().is_none() {
                 r.vm.t = r.linear_pc();
