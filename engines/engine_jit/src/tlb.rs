@@ -100,8 +100,8 @@ impl Caches {
                 (*this).jumps2[which][0] = JumpEntry::empty(0);
             }
             (*this).jump_ctx = [u32::MAX; 2];
+            (*this).code_writes.reset();
         }
-        (*this).code_writes.reset();
     }
 
     /// The entry that a linear address would use.
