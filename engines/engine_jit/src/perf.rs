@@ -170,6 +170,9 @@ mod tests {
             lines: 0,
             second: None,
             dead: false,
+            stop: 0x10,
+            imms: Box::default(),
+            peeked: Box::default(),
             map: Box::new([(0, 0xff0), (1, 0xff1)]),
         };
         let source = Source {
