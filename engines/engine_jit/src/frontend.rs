@@ -206,17 +206,12 @@ pub fn decode(page: &[u8], start: usize, ctx: Context) -> Option<Decoded> {
     if let Some(last) = ops.last_mut().filter(|o| o.kind == Kind::Sti) {
         last.kind = Kind::Interpret;
     }
-<<<<<<< HEAD
-    let mut lines = crate::cache::lines_of(start, end.clamp(start + 1, 4096) - start);
-    let mut crossing = Vec::new();
-    let live_in = liveness::backwards(&mut ops, page, ctx, end, closed, &mut lines, &mut crossing);
-=======
     let mut seen = liveness::Seen {
         lines: crate::cache::lines_of(start, end.clamp(start + 1, 4096) - start),
         ranges: Vec::new(),
+        crossing: Vec::new(),
     };
     let live_in = liveness::backwards(&mut ops, page, ctx, end, closed, &mut seen);
->>>>>>> 7f173ed (engine_jit: writes to code pages in emitted code, immediates patched in place)
     let fpu = ops.iter().any(|o| o.fpu && o.kind == Kind::Native);
     Some(Decoded {
         ops,
@@ -227,7 +222,7 @@ pub fn decode(page: &[u8], start: usize, ctx: Context) -> Option<Decoded> {
         peeked: seen.ranges,
         live_in,
         fpu,
-        crossing,
+        crossing: seen.crossing,
     })
 }
 

@@ -1,13 +1,8 @@
 //! Which arithmetic flags are live where: only those must survive a TLB probe.
 
 use crate::context::Context;
-<<<<<<< HEAD
-use crate::frontend::{ARITH, Kind, Op, bits, op_of};
-use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl};
-=======
 use crate::frontend::{ARITH, Kind, Op, bits, immediate, op_of};
-use iced_x86::{Decoder, DecoderOptions, FlowControl};
->>>>>>> 7f173ed (engine_jit: writes to code pages in emitted code, immediates patched in place)
+use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl};
 
 /// Computes liveness backwards; returns what is live on entry.
 pub fn backwards(
@@ -16,54 +11,27 @@ pub fn backwards(
     ctx: Context,
     end: usize,
     closed: bool,
-<<<<<<< HEAD
-    lines: &mut u64,
-    crossing: &mut Vec<u16>,
-=======
     seen: &mut Seen,
->>>>>>> 7f173ed (engine_jit: writes to code pages in emitted code, immediates patched in place)
 ) -> u32 {
     let mut live = if closed || end >= 4096 {
         ARITH
     } else {
-<<<<<<< HEAD
-        peek(page, end as i64, ctx, lines, crossing)
-=======
         peek(page, end as i64, ctx, seen)
->>>>>>> 7f173ed (engine_jit: writes to code pages in emitted code, immediates patched in place)
     };
     for o in ops.iter_mut().rev() {
         match o.kind {
             Kind::Jcc(_, target) => {
-<<<<<<< HEAD
-                o.live_target = peek(page, target, ctx, lines, crossing);
-=======
                 o.live_target = peek(page, target, ctx, seen);
->>>>>>> 7f173ed (engine_jit: writes to code pages in emitted code, immediates patched in place)
                 o.live_after = live;
                 live |= o.live_target | o.reads;
             }
             Kind::SetAc(_) => {
-<<<<<<< HEAD
-                o.live_target = peek(
-                    page,
-                    i64::from(o.off) + o.insn.len() as i64,
-                    ctx,
-                    lines,
-                    crossing,
-                );
-=======
                 o.live_target = peek(page, i64::from(o.off) + o.insn.len() as i64, ctx, seen);
->>>>>>> 7f173ed (engine_jit: writes to code pages in emitted code, immediates patched in place)
                 o.live_after = o.live_target;
                 live = o.live_target;
             }
             Kind::Jmp(target) | Kind::Call(target) => {
-<<<<<<< HEAD
-                o.live_target = peek(page, target, ctx, lines, crossing);
-=======
                 o.live_target = peek(page, target, ctx, seen);
->>>>>>> 7f173ed (engine_jit: writes to code pages in emitted code, immediates patched in place)
                 o.live_after = o.live_target;
                 live = o.live_target;
             }
@@ -77,14 +45,9 @@ pub fn backwards(
     live
 }
 
-<<<<<<< HEAD
-/// Flags live at offset `at` of the page, by a short look ahead; all of them outside the page. `crossing`
-/// gets `at` if the instruction there reaches into the next page.
-fn peek(page: &[u8], at: i64, ctx: Context, lines: &mut u64, crossing: &mut Vec<u16>) -> u32 {
-=======
-/// Flags live at offset `at` of the page, by a short look ahead; all of them outside the page.
+/// Flags live at offset `at` of the page, by a short look ahead; all of them outside the page. Notes `at`
+/// as crossing if the instruction there reaches into the next page.
 fn peek(page: &[u8], at: i64, ctx: Context, seen: &mut Seen) -> u32 {
->>>>>>> 7f173ed (engine_jit: writes to code pages in emitted code, immediates patched in place)
     let Ok(mut at) = usize::try_from(at) else {
         return ARITH;
     };
@@ -93,17 +56,14 @@ fn peek(page: &[u8], at: i64, ctx: Context, seen: &mut Seen) -> u32 {
     }
     let mut undecided = ARITH;
     let mut live = 0;
-<<<<<<< HEAD
     let start = at;
-=======
     let mut from = at;
->>>>>>> 7f173ed (engine_jit: writes to code pages in emitted code, immediates patched in place)
     let mut decoder = Decoder::with_ip(bits(ctx), &page[at..], at as u64, DecoderOptions::NONE);
     for _ in 0..8 {
         let insn = decoder.decode();
         if insn.is_invalid() {
             if at == start && decoder.last_error() == DecoderError::NoMoreBytes {
-                crossing.push(at as u16);
+                seen.crossing.push(at as u16);
             }
             break;
         }
@@ -133,6 +93,8 @@ pub struct Seen {
     pub lines: u64,
     /// Starts and ends of what the result depends on.
     pub ranges: Vec<(u16, u16)>,
+    /// Targets whose instruction reaches into the next page.
+    pub crossing: Vec<u16>,
 }
 
 impl Seen {
