@@ -468,8 +468,8 @@ impl Cache {
         self.arena.patch(site, &displacement.to_le_bytes());
     }
 
-    /// Drops everything. No vCPU may be in translated code, nor come back to a place in it, nor keep an
-    /// address of [`Cache::lines_address`].
+    /// Drops everything. No vCPU may be in translated code, nor come back to a place in it (through a jump
+    /// cache or a stack of return addresses), nor keep an address of [`Cache::lines_address`].
     pub fn clear(&mut self) {
         self.epoch.fetch_add(1, Ordering::AcqRel);
         self.blocks.clear();

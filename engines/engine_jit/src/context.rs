@@ -131,6 +131,11 @@ fn flat_limit(s: &Segment) -> bool {
 }
 
 impl Context {
+    /// The bit that says CPL 3; in the low byte, as stubs test it.
+    pub const USER: u32 = USER;
+    /// The bit that says that supervisor accesses to user pages are allowed; in the low byte.
+    pub const AC: u32 = AC;
+
     /// The context that `cpu` is in now.
     pub fn of(cpu: &CpuState) -> Context {
         let size = cpu.code_size();
@@ -291,6 +296,12 @@ impl Context {
     /// The context without what STAC and CLAC change: code that such instructions connect.
     pub fn family(self) -> Context {
         Context(self.0 & !AC)
+    }
+    /// Calls and returns are paired with the host's. Not where a return must be checked against CS, and not
+    /// in the code between STAC and CLAC: its callers belong to the other context of the family.
+    pub fn pairs_calls(self) -> bool {
+        let between = !self.user() && self.0 & SMAP != 0 && self.0 & AC != 0;
+        !self.segmented() && self.code_size() != CodeSize::Bits16 && !between
     }
     /// Nothing is translated.
     pub fn interpret_only(self) -> bool {

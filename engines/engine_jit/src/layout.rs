@@ -106,10 +106,8 @@ pub struct VcpuMem {
     pub code_map: u64,
     /// The running `run::Runner`, valid while `run` is on the stack.
     pub runner: u64,
-    /// The indirect branch that led to the dispatcher: its page offset, bit 16 set.
+    /// The indirect branch that led to the dispatcher, see [`branch_word`]; zero if it was direct.
     pub branch: u32,
-    /// What that branch has added to RSP.
-    pub branch_moved: i32,
     /// Spill slots of emitted code.
     pub spill: [u64; 4],
     /// Spill slots of the page-crossing stubs.
@@ -143,7 +141,6 @@ macro_rules! offsets {
 
 offsets! {
     BRANCH = branch;
-    BRANCH_MOVED = branch_moved;
     GPR = cpu.gpr;
     RFLAGS = cpu.rflags;
     SEG = cpu.seg;
@@ -178,6 +175,9 @@ offsets! {
     TLB = caches.tlb;
     JUMPS = caches.jumps;
     JUMPS2 = caches.jumps2;
+    SHADOW_RSP = caches.shadow.rsp;
+    SHADOW_BASE = caches.shadow.base;
+    SHADOW_LIMIT = caches.shadow.limit;
 }
 
 /// `gs` displacement of a general register's slot.
@@ -214,6 +214,20 @@ pub fn tlb_base(which: usize) -> i32 {
 /// `gs` displacement of a jump cache; there is one beside each TLB.
 pub fn jumps_base(which: usize) -> i32 {
     off::JUMPS + (which * size_of::<[JumpEntry; JUMP_ENTRIES]>()) as i32
+}
+
+/// What is added to a move of RSP so that it is positive.
+const BRANCH_BIAS: i32 = 16;
+
+/// An indirect branch at page offset `offset` that has added `moved` (-8 to 65,543) to RSP, in a word that
+/// is not zero.
+pub fn branch_word(offset: u16, moved: i32) -> u32 {
+    u32::from(offset & 0xfff) | ((moved + BRANCH_BIAS) as u32) << 12
+}
+
+/// Page offset and move of RSP from a [`branch_word`].
+pub fn branch_of(word: u32) -> (u32, i32) {
+    (word & 0xfff, (word >> 12) as i32 - BRANCH_BIAS)
 }
 
 /// Index of a linear address in a TLB.

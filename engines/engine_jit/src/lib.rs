@@ -22,6 +22,7 @@ mod liveness;
 mod perf;
 mod refill;
 mod run;
+mod shadow;
 mod signal;
 mod stats;
 mod stubs;

@@ -7,7 +7,7 @@
 use crate::context::Context;
 use crate::env::{JitEnv, Written};
 use crate::frontend;
-use crate::layout::{VcpuMem, jump_index};
+use crate::layout::{VcpuMem, branch_of, jump_index};
 use crate::stats::Stats;
 use crate::stubs::Helpers;
 use crate::translate::{meta, translate};
@@ -578,6 +578,7 @@ impl<'a> Runner<'a> {
         let (rip, ctx) = (self.vm.cpu.rip, self.vm.ctx);
         let next = rip.wrapping_add(u64::from(word >> meta::LEN_SHIFT & 15));
         let epoch = self.epoch();
+        let flushes = self.vm.caches.jump_flushes;
         match self.step() {
             Stepped::Retired => {}
             Stepped::Redirected => return self.dispatch(),
@@ -593,7 +594,9 @@ impl<'a> Runner<'a> {
             && self.vm.cpu.rflags & TF == 0
             && self.vm.cpu.dr7 & 0xff == 0
             && self.interrupted().is_none()
-            && epoch == self.epoch();
+            && epoch == self.epoch()
+            // The page that the block lies in must be noted again, or a flush of it would be missed.
+            && flushes == self.vm.caches.jump_flushes;
         if !stay {
             return self.dispatch();
         }
@@ -820,7 +823,11 @@ extern "sysv64" fn helper_link(vm: *mut VcpuMem, ret: *const u8) -> u64 {
         let epoch = world.epoch();
         let fpu = w & meta::FPU != 0;
         let found = r.block_in(&mut cache, page | u64::from(offset), None, ctx, |b| {
-            let entry = if fpu && b.fpu { b.direct_fpu } else { b.direct };
+            let entry = match (w & meta::LANDS != 0, fpu && b.fpu) {
+                (true, _) => b.indirect,
+                (false, true) => b.direct_fpu,
+                (false, false) => b.direct,
+            };
             (entry, b.indirect)
         });
         let (target, indirect) = match found {
@@ -858,9 +865,10 @@ extern "sysv64" fn helper_jump(vm: *mut VcpuMem, _: *const u8) -> u64 {
         && !paging::canonical(&r.vm.cpu, r.vm.t)
     {
         // The branch itself is #GP: undone and left to the interpreter.
+        let (offset, moved) = branch_of(branch);
         let rsp = &mut r.vm.cpu.gpr[x86emu::state::gpr::RSP];
-        *rsp = rsp.wrapping_sub(i64::from(r.vm.branch_moved) as u64);
-        r.sync(branch & 0xfff);
+        *rsp = rsp.wrapping_sub(i64::from(moved) as u64);
+        r.sync(offset);
         return match r.step() {
             Stepped::Retired | Stepped::Redirected => r.dispatch(),
             Stepped::Exit(exit) => {

@@ -3,10 +3,11 @@
 
 use crate::asm::{Asm, Mem, Size, at, cc, reg};
 use crate::code_writes::{CODE_WRITES, CodeWrite};
+use crate::context::Context;
 use crate::flags;
 use crate::layout::{
-    BOUNCE_HALF, JUMP_ENTRIES, JUMP2_ENTRIES, JUMP2_HASH, JUMP2_SHIFT, TLB_ENTRIES, gpr_slot,
-    jumps_base, jumps2_base, off, tlb_base,
+    BOUNCE_HALF, JUMP_ENTRIES, JUMP2_ENTRIES, JUMP2_HASH, JUMP2_SHIFT, TLB_ENTRIES, TLB_KERNEL,
+    TLB_KERNEL_AC, TLB_USER, gpr_slot, jumps_base, jumps2_base, off, tlb_base,
 };
 use crate::translate::meta;
 use std::mem::offset_of;
@@ -52,9 +53,19 @@ pub struct Stubs {
     pub link: u64,
     /// Reached by `jmp`.
     pub jump: u64,
-    /// Reached by `jmp`, by TLB: looks the linear address in T up in the second-level jump cache; else
-    /// goes on to `jump`.
+    /// The same with `VcpuMem::branch` set.
+    pub jump_from: u64,
+    /// Reached by `jmp`, by TLB, with `VcpuMem::branch` set: looks the linear address in T up in the
+    /// second-level jump cache; else goes on to `jump_from`.
+    pub level2: [u64; 3],
+    /// `jmp`, by TLB: a return that has landed elsewhere than at its call's landing place. T holds its
+    /// target, I its branch word, flags are in memory. Looks whether an outer call is the one that it returns
+    /// from.
+    pub astray: [u64; 3],
+    /// The same without a look at outer calls.
     pub lookup: [u64; 3],
+    /// Where a return on an empty stack goes.
+    pub empty: u64,
     /// Reached by `call`.
     pub memory: u64,
     /// Reached by `call`.
@@ -103,6 +114,7 @@ pub fn emit(a: &mut Asm, helpers: &Helpers, avx: bool) -> Stubs {
     }
     a.load(Size::Q, GUEST_RSP, Mem::Gs(gpr_slot(reg::RSP)));
     a.load(Size::Q, T, Mem::Gs(off::T));
+    a.load(Size::Q, reg::RSP, Mem::Gs(off::SHADOW_RSP));
     a.jmp_mem(Mem::Gs(off::CONT));
 
     // The FPU out of line: save, and load again.
@@ -133,7 +145,6 @@ pub fn emit(a: &mut Asm, helpers: &Helpers, avx: bool) -> Stubs {
     a.bytes(&[0xc3]);
 
     let leave = a.here();
-    a.load(Size::Q, reg::RSP, Mem::Gs(off::HOST_RSP));
     a.alu_imm(Size::Q, 0, reg::RSP, 8);
     for r in callee_saved.iter().rev() {
         pop(a, *r);
@@ -151,6 +162,8 @@ pub fn emit(a: &mut Asm, helpers: &Helpers, avx: bool) -> Stubs {
         }
         a.store(Size::Q, Mem::Gs(gpr_slot(reg::RSP)), GUEST_RSP);
         a.store(Size::Q, Mem::Gs(off::T), T);
+        a.store(Size::Q, Mem::Gs(off::SHADOW_RSP), reg::RSP);
+        a.load(Size::Q, reg::RSP, Mem::Gs(off::HOST_RSP));
         a.store_imm(Size::D, Mem::Gs(off::FPU_RELOAD), 0);
         a.cmp_mem_imm8(Size::D, Mem::Gs(off::FPU_LOADED), 0);
         let skip = a.jcc(cc::E);
@@ -177,7 +190,32 @@ pub fn emit(a: &mut Asm, helpers: &Helpers, avx: bool) -> Stubs {
         at
     };
     s.link = exit(a, helpers.link, Entry::Call);
-    s.jump = exit(a, helpers.jump, Entry::Jump);
+    s.jump = a.pc();
+    a.store_imm(Size::D, Mem::Gs(off::BRANCH), 0);
+    s.jump_from = exit(a, helpers.jump, Entry::Jump);
+    for which in 0..3 {
+        s.level2[which] = a.pc();
+        lookup_level2(a, which, s.jump_from);
+        s.astray[which] = a.pc();
+        for i in 0..SEARCH {
+            a.op_mem(Size::Q, &[0x3b], T, at(reg::RSP, 16 * i + 8)); // cmp
+            a.bytes(&[0x75, if i == 0 { 1 } else { 6 }]); // jne over
+            if i > 0 {
+                a.bytes(&[0x48, 0x8d, 0x64, 0x24, 16 * i as u8]); // lea rsp, [rsp + 16 i]
+            }
+            a.bytes(&[0xc3]);
+        }
+        s.lookup[which] = a.pc();
+        lookup(a, which, s.level2[which]);
+    }
+    s.empty = a.pc();
+    a.load(Size::Q, reg::RSP, Mem::Gs(off::SHADOW_BASE));
+    for (bit, which) in [(Context::USER, TLB_USER), (Context::AC, TLB_KERNEL_AC)] {
+        a.op_mem(Size::D, &[0xf6], 0, Mem::Gs(off::CTX)); // test byte
+        a.bytes(&[bit as u8]);
+        a.jcc_to(cc::NE, s.lookup[which]);
+    }
+    a.jmp_to(s.lookup[TLB_KERNEL]);
     s.memory = exit(a, helpers.memory, Entry::Call);
     s.interpret = exit(a, helpers.interpret, Entry::Call);
     s.poll = exit(a, helpers.poll, Entry::Call);
@@ -208,16 +246,38 @@ pub fn emit(a: &mut Asm, helpers: &Helpers, avx: bool) -> Stubs {
             }
         }
     }
-    for which in 0..3 {
-        s.lookup[which] = a.pc();
-        lookup(a, which, s.jump);
-    }
     s.commit = a.pc();
     commit(a, wrote);
     s
 }
 
-fn lookup(a: &mut Asm, which: usize, jump: u64) {
+/// How many outer calls a return may skip (an exception, a `longjmp`) to be found.
+const SEARCH: i32 = 4;
+
+/// I = offset of T in a first-level jump cache.
+fn jump_offset(a: &mut Asm) {
+    a.mov(I, T);
+    a.op_reg(Size::Q, &[0xc1], 1, I); // ror
+    a.bytes(&[12]);
+    a.op_reg(Size::D, &[0x31], T, I); // xor
+    a.alu_imm(Size::D, 4, I, (JUMP_ENTRIES - 1) as i32);
+    a.op_reg(Size::D, &[0xc1], 4, I); // shl
+    a.bytes(&[4]);
+}
+
+/// Jumps to the linear address in T through a jump cache; I holds a branch word.
+fn lookup(a: &mut Asm, which: usize, miss: u64) {
+    let base = jumps_base(which);
+    a.store(Size::D, Mem::Gs(off::BRANCH), I);
+    a.cmp_mem_imm8(Size::D, Mem::Gs(off::ATTENTION), 0);
+    a.jcc_to(cc::NE, miss);
+    jump_offset(a);
+    a.op_mem(Size::Q, &[0x3b], T, Mem::GsBase(I, base)); // cmp
+    a.jcc_to(cc::NE, miss);
+    a.op_mem(Size::D, &[0xff], 4, Mem::GsBase(I, base + 8));
+}
+
+fn lookup_level2(a: &mut Asm, which: usize, jump: u64) {
     let level2 = jumps2_base(which);
     let level1 = jumps_base(which);
     a.cmp_mem_imm8(Size::D, Mem::Gs(off::ATTENTION), 0);
@@ -231,13 +291,7 @@ fn lookup(a: &mut Asm, which: usize, jump: u64) {
     a.store(Size::Q, Mem::Gs(off::CROSS_SPILL), reg::RAX);
     a.load(Size::Q, reg::RAX, Mem::GsBase(I, level2 + 8));
     a.store(Size::Q, Mem::Gs(off::CONT), reg::RAX);
-    a.mov(I, T);
-    a.op_reg(Size::Q, &[0xc1], 1, I); // ror
-    a.bytes(&[12]);
-    a.op_reg(Size::D, &[0x31], T, I); // xor
-    a.alu_imm(Size::D, 4, I, (JUMP_ENTRIES - 1) as i32);
-    a.op_reg(Size::D, &[0xc1], 4, I); // shl
-    a.bytes(&[4]);
+    jump_offset(a);
     a.store(Size::Q, Mem::GsBase(I, level1), T);
     a.store(Size::Q, Mem::GsBase(I, level1 + 8), reg::RAX);
     a.load(Size::Q, reg::RAX, Mem::Gs(off::CROSS_SPILL));

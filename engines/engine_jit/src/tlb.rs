@@ -10,6 +10,7 @@ use crate::layout::{
     TLB_KERNEL_AC, TLB_USER, TlbEntry, jump_index, jump2_index, tlb_index,
 };
 use crate::refill::Structures;
+use crate::shadow::Shadow;
 use x86emu::env::Flush;
 use x86emu::paging::Mapping;
 
@@ -40,6 +41,8 @@ pub struct Caches {
     /// The second level of the jump caches, with another hash: what fell out of the first to another address
     /// of the same index is found here by emitted code.
     pub jumps2: [[JumpEntry; JUMP2_ENTRIES]; 3],
+    /// The stacks of return addresses, flushed with the jump caches.
+    pub shadow: Shadow,
     /// The context of the user's jump cache, and the family of the supervisor's.
     jump_ctx: [u32; 2],
     code: [CodeEntry; CODE_ENTRIES],
@@ -87,13 +90,14 @@ impl Caches {
     /// # Safety
     /// `this` is valid for writes, and nothing else refers to it.
     #[expect(unsafe_code, reason = "too large to be built on the stack and moved")]
-    pub unsafe fn init(this: *mut Caches) {
+    pub unsafe fn init(this: *mut Caches, shadow: Shadow) {
         // SAFETY: the caller's promise. The vectors are written before a reference is made; all
         // other fields are integers, valid as zero.
         unsafe {
             (&raw mut (*this).code_filled).write(Vec::new());
             (&raw mut (*this).jumps_filled).write(Default::default());
             (&raw mut (*this).jumps2_filled).write(Default::default());
+            (&raw mut (*this).shadow).write(shadow);
             for which in 0..3 {
                 (*this).tlb[which][0] = TlbEntry::invalid(0);
                 (*this).jumps[which][0] = JumpEntry::empty(0);
@@ -265,6 +269,7 @@ impl Caches {
     /// Code of context `ctx` is about to run. The jump caches of the supervisor serve one family of
     /// contexts at a time, as STAC and CLAC go from one to the other in emitted code.
     pub fn enter_context(&mut self, ctx: Context) {
+        self.shadow.select(ctx.user());
         if ctx.user() {
             if self.jump_ctx[0] != ctx.0 {
                 self.switches += 1;
@@ -288,6 +293,7 @@ impl Caches {
             self.jumps2[u][usize::from(i)] = JumpEntry::empty(usize::from(i));
         }
         self.jumps2_filled[u].clear();
+        self.shadow.reset(u == TLB_USER);
     }
 
     /// Drops the jump caches and the code-page TLB.

@@ -32,7 +32,7 @@ impl JitEngine {
 
 impl Engine for JitEngine {
     fn create_vcpu(&self, _id: u32) -> Result<Box<dyn EngineVcpu>, EngineError> {
-        let mem = Arc::new(VcpuBox::new()?);
+        let mem = Arc::new(VcpuBox::new(&self.world.stubs)?);
         self.world.add(&mem);
         Ok(Box::new(JitVcpu {
             world: self.world.clone(),

@@ -12,6 +12,7 @@ use crate::arena::Arena;
 use crate::asm::Asm;
 use crate::cache::Cache;
 use crate::layout::VcpuMem;
+use crate::shadow::Shadow;
 use crate::stubs::{self, Helpers};
 use crate::tlb::Caches;
 use kvm_core::engine::{EngineError, Kick};
@@ -97,8 +98,13 @@ unsafe impl Sync for VcpuBox {}
 
 impl VcpuBox {
     /// Allocates and initializes the memory of a vCPU.
-    pub fn new() -> Result<Self, EngineError> {
+    ///
+    /// # Errors
+    /// When there is no memory.
+    pub fn new(stubs: &stubs::Stubs) -> Result<Self, EngineError> {
         let layout = std::alloc::Layout::new::<VcpuMem>();
+        let mut shadow = Shadow::new()?;
+        shadow.set_empty(stubs.empty);
         // SAFETY: the layout has a size; zeroed bytes are valid for the integer fields, and the
         // fields that are not plain integers (state, vectors) are written before any use.
         unsafe {
@@ -107,7 +113,7 @@ impl VcpuBox {
                 return Err(EngineError::OutOfMemory);
             }
             (&raw mut (*mem).cpu).write(x86emu::state::CpuState::default());
-            crate::tlb::Caches::init(&raw mut (*mem).caches);
+            crate::tlb::Caches::init(&raw mut (*mem).caches, shadow);
             (*mem).this = mem as u64;
             (*mem).host_mxcsr = 0x1f80;
             Ok(VcpuBox {

@@ -44,7 +44,7 @@ impl Tx<'_> {
         if !self.linkable(target) {
             self.save_flags(live);
             self.load_linear(T, target);
-            self.jump_t(None);
+            self.jump_t(0);
             return;
         }
         self.restore_flags(live, false);
@@ -100,26 +100,28 @@ impl Tx<'_> {
 
     /// Jumps to the linear address in T; live flags are in memory.
     ///
-    /// `from`: of an indirect branch, its page offset and what it has added to RSP, for the case that
-    /// the target is not canonical.
-    pub(super) fn jump_t(&mut self, from: Option<(u16, i32)>) {
+    /// `branch`: the branch word of an indirect branch, for the case that the target is not canonical,
+    /// or 0.
+    pub(super) fn jump_t(&mut self, branch: u32) {
         if self.ctx.segmented() {
             // The target must be checked against the segment, which the jump cache knows nothing of.
             self.a.jmp_to(self.stubs.jump);
             return;
         }
-        let stub = self.stubs.lookup[self.ctx.tlb()];
+        let jumps = self.probe_jump(4);
+        self.cold.push(Cold::Lost {
+            jumps,
+            branch,
+            lands: None,
+        });
+    }
+
+    /// Looks T up in the jump cache and jumps (`4`) or calls (`2`); the jumps taken if it cannot.
+    fn probe_jump(&mut self, how: u8) -> [usize; 2] {
         let base = jumps_base(self.ctx.tlb());
         let a = &mut self.a;
-        let miss = |a: &mut Asm| {
-            if from.is_some() {
-                return a.jcc(cc::NE);
-            }
-            a.jcc_to(cc::NE, stub);
-            0
-        };
         a.cmp_mem_imm8(Size::D, Mem::Gs(off::ATTENTION), 0);
-        let polled = miss(a);
+        let polled = a.jcc(cc::NE);
         if self.bmi2 {
             a.rorx(I, T, 12);
         } else {
@@ -132,15 +134,54 @@ impl Tx<'_> {
         a.op_reg(Size::D, &[0xc1], 4, I); // shl
         a.bytes(&[4]);
         a.op_mem(Size::Q, &[0x3b], T, Mem::GsBase(I, base)); // cmp
-        let missed = miss(a);
-        a.op_mem(Size::D, &[0xff], 4, Mem::GsBase(I, base + 8));
-        if let Some((branch, moved)) = from {
-            self.cold.push(Cold::Lost {
-                jumps: [polled, missed],
-                branch,
-                moved,
-            });
+        let missed = a.jcc(cc::NE);
+        a.op_mem(Size::D, &[0xff], how, Mem::GsBase(I, base + 8));
+        [polled, missed]
+    }
+
+    /// `push T`
+    pub(super) fn push_t(&mut self) {
+        self.a.bytes(&[0x41, 0x50 | T & 7]);
+    }
+
+    /// Pushes the host address at offset `lands` of this code. Clobbers I.
+    pub(super) fn push_landing(&mut self, lands: usize) {
+        let rel = lands as i64 - (self.a.here() as i64 + 7);
+        self.a.bytes(&[0x4c, 0x8d, 0x3d]); // lea r15, [rip + rel]
+        self.a.d32(rel as i32 as u32);
+        self.a.bytes(&[0x41, 0x57]);
+    }
+
+    /// Puts T, where the guest will return to, on the stack of return addresses. Clobbers EFLAGS.
+    fn expect_return(&mut self) {
+        self.a
+            .op_mem(Size::Q, &[0x3b], reg::RSP, Mem::Gs(off::SHADOW_LIMIT)); // cmp
+        let jump = self.a.jcc(cc::B);
+        let resume = self.a.here();
+        self.push_t();
+        self.cold.push(Cold::Full { jump, resume });
+    }
+
+    /// Behind a host call: where the guest's return from this call lands, with its target in T and its
+    /// branch word in I. One instruction compares, the code behind the call follows if it is linked.
+    fn landing(&mut self, op: &Op) {
+        let next = usize::from(op.off) + op.insn.len();
+        let which = self.ctx.tlb();
+        if next > 4096 - MAX_LEN {
+            // The code behind the call may reach into another page: the jump cache's business.
+            self.a.lea(reg::RSP, at(reg::RSP, 8));
+            self.a.jmp_to(self.stubs.lookup[which]);
+            return;
         }
+        self.a.op_mem(Size::Q, &[0x3b], T, at(reg::RSP, 0)); // cmp
+        self.a.lea(reg::RSP, at(reg::RSP, 8));
+        self.a.jcc_to(cc::NE, self.stubs.astray[which]);
+        self.a.align_link(1);
+        let site = self.a.jmp();
+        self.cold.push(Cold::Land {
+            site,
+            target: next as u16,
+        });
     }
 
     /// Pushes the return address; flags are out of the way.
@@ -162,9 +203,55 @@ impl Tx<'_> {
         self.save_flags(op.live_before);
         let mut misses = Vec::new();
         self.push_return(op, &mut misses);
-        self.jump_direct(target, op.live_target, target <= i64::from(op.off));
+        let backwards = target <= i64::from(op.off);
+        if !self.ctx.pairs_calls() {
+            self.jump_direct(target, op.live_target, backwards);
+        } else if self.linkable(target) {
+            self.call_near(op, target as u16, backwards);
+        } else {
+            self.save_flags(op.live_target);
+            self.expect_return();
+            self.load_linear(T, target);
+            let jumps = self.probe_jump(2);
+            let lands = Some(self.a.here());
+            self.cold.push(Cold::Lost {
+                jumps,
+                branch: 0,
+                lands,
+            });
+            self.landing(op);
+        }
         // The interpreter leaves the block by itself.
         self.resume_miss(misses, op);
+    }
+
+    /// Calls a page offset of this page; T is where it will return to.
+    fn call_near(&mut self, op: &Op, target: u16, backwards: bool) {
+        // EFLAGS is free: what is live has been saved before the probe.
+        let poll = backwards.then(|| {
+            self.a.cmp_mem_imm8(Size::D, Mem::Gs(off::ATTENTION), 0);
+            self.a.jcc(cc::NE)
+        });
+        self.expect_return();
+        self.restore_flags(op.live_target, false);
+        self.a.align_link(1);
+        self.a.bytes(&[0xe8, 0, 0, 0, 0]);
+        let site = self.a.here() - 4;
+        let lands = self.a.here();
+        self.cold.push(Cold::Link {
+            site,
+            target,
+            save: op.live_target != 0,
+            fpu: self.block.fpu,
+        });
+        if let Some(jump) = poll {
+            self.cold.push(Cold::CallPoll {
+                jump,
+                target,
+                lands,
+            });
+        }
+        self.landing(op);
     }
 
     /// The branch target of an indirect jump or call into T.
@@ -190,7 +277,7 @@ impl Tx<'_> {
         self.save_flags(op.live_before);
         let mut misses = Vec::new();
         self.load_target(op, &mut misses);
-        self.jump_t(Some((op.off, 0)));
+        self.jump_t(branch_word(op.off, 0));
         self.resume_miss(misses, op);
     }
 
@@ -200,8 +287,22 @@ impl Tx<'_> {
         self.load_target(op, &mut misses);
         self.a.store(Size::Q, Mem::Gs(off::SPILL), T);
         self.push_return(op, &mut misses);
-        self.a.load(Size::Q, T, Mem::Gs(off::SPILL));
-        self.jump_t(Some((op.off, -self.branch_size().1)));
+        let branch = branch_word(op.off, -self.branch_size().1);
+        if self.ctx.pairs_calls() {
+            self.expect_return();
+            self.a.load(Size::Q, T, Mem::Gs(off::SPILL));
+            let jumps = self.probe_jump(2);
+            let lands = Some(self.a.here());
+            self.cold.push(Cold::Lost {
+                jumps,
+                branch,
+                lands,
+            });
+            self.landing(op);
+        } else {
+            self.a.load(Size::Q, T, Mem::Gs(off::SPILL));
+            self.jump_t(branch);
+        }
         self.resume_miss(misses, op);
     }
 
@@ -214,7 +315,13 @@ impl Tx<'_> {
         self.a.load(size, T, Mem::Sib(Some(I), Some((T, 0)), 0));
         let moved = n + i32::from(release);
         self.move_stack(moved);
-        self.jump_t(Some((op.off, moved)));
+        let branch = branch_word(op.off, moved);
+        if self.ctx.pairs_calls() {
+            self.a.mov_imm(I, u64::from(branch));
+            self.a.bytes(&[0xc3]);
+        } else {
+            self.jump_t(branch);
+        }
         self.resume_miss([miss], op);
     }
 }

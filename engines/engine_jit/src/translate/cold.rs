@@ -27,13 +27,24 @@ pub(super) enum Cold {
         save: bool,
         restore_rcx: bool,
     },
-    /// An indirect branch whose target is not in the jump cache: jumps to bind, page offset of the
-    /// branch, what it has added to RSP.
+    /// A branch whose target is not in the jump cache: jumps to bind, its branch word or 0 if it is
+    /// direct; of a call, where its return lands.
     Lost {
         jumps: [usize; 2],
-        branch: u16,
-        moved: i32,
+        branch: u32,
+        lands: Option<usize>,
     },
+    /// The attention flag is up at a direct call: jump to bind, page offset of the target, where its
+    /// return lands.
+    CallPoll {
+        jump: usize,
+        target: u16,
+        lands: usize,
+    },
+    /// The stack of return addresses is full: jump to bind, where to go on.
+    Full { jump: usize, resume: usize },
+    /// A return has landed where no code is linked yet: the jump's displacement, page offset.
+    Land { site: usize, target: u16 },
     /// A taken conditional jump backwards or out of the page: jump to bind.
     Taken { jump: usize, target: i64, live: u32 },
     /// Loads the FPU: jump to bind, where to go on.
@@ -230,15 +241,45 @@ impl Tx<'_> {
             Cold::Lost {
                 jumps,
                 branch,
-                moved,
+                lands,
             } => {
                 for j in jumps {
                     self.a.bind(j);
                 }
-                let branch = i32::from(branch) | 1 << 16;
-                self.a.store_imm(Size::D, Mem::Gs(off::BRANCH), branch);
-                self.a.store_imm(Size::D, Mem::Gs(off::BRANCH_MOVED), moved);
-                self.a.jmp_to(self.stubs.lookup[self.ctx.tlb()]);
+                if let Some(lands) = lands {
+                    self.push_landing(lands);
+                }
+                self.a
+                    .store_imm(Size::D, Mem::Gs(off::BRANCH), branch as i32);
+                self.a.jmp_to(self.stubs.level2[self.ctx.tlb()]);
+            }
+            Cold::CallPoll {
+                jump,
+                target,
+                lands,
+            } => {
+                self.a.bind(jump);
+                self.push_t();
+                self.push_landing(lands);
+                self.a.call_to(self.stubs.poll);
+                self.a.d32(u32::from(target));
+            }
+            Cold::Full { jump, resume } => {
+                self.a.bind(jump);
+                self.a.load(Size::Q, reg::RSP, Mem::Gs(off::SHADOW_BASE));
+                let pos = self.a.jmp();
+                self.a.bind_to(pos, resume);
+            }
+            Cold::Land { site, target } => {
+                self.a.bind(site);
+                let exit = self.a.here();
+                self.a.alu_imm(Size::Q, 4, T, -4096);
+                self.a.store(Size::Q, Mem::Gs(off::PC_BASE), T);
+                self.a.call_to(self.stubs.link);
+                self.a.d32(u32::from(target) | meta::LANDS);
+                let here = self.a.here();
+                self.a.d32((site as i64 - here as i64) as i32 as u32);
+                self.a.d32((exit as i64 - here as i64 - 4) as i32 as u32);
             }
             Cold::Taken { jump, target, live } => {
                 self.a.bind(jump);

@@ -24,8 +24,8 @@ use crate::context::Context;
 use crate::flags;
 use crate::frontend::{ARITH, Decoded, Kind, Op, Strings, access_size, immediate};
 use crate::layout::{
-    JUMP_ENTRIES, TLB_ENTRIES, gpr_slot, jumps_base, off, seg_base, seg_limit, seg_selector,
-    tlb_base,
+    JUMP_ENTRIES, TLB_ENTRIES, branch_word, gpr_slot, jumps_base, off, seg_base, seg_limit,
+    seg_selector, tlb_base,
 };
 use crate::stubs::{GUEST_RSP, I, Stubs, T};
 use iced_x86::{
@@ -65,6 +65,8 @@ pub mod meta {
     pub const WRITE: u32 = 1 << 17;
     /// Behind the access, the guest's flags are in EFLAGS.
     pub const HOST_FLAGS: u32 = 1 << 20;
+    /// Of a link: it is made by a return that has landed, to the indirect entry.
+    pub const LANDS: u32 = 1 << 21;
     /// Size of the access in bytes.
     pub const SIZE_SHIFT: u32 = 24;
 }
@@ -129,7 +131,7 @@ pub fn translate(block: &Decoded, ctx: Context, stubs: &Stubs, base: u64, bmi2: 
             // Both pages must be looked up: that is the jump cache's business.
             x.save_flags(live);
             x.load_linear(T, i64::from(block.end));
-            x.jump_t(None);
+            x.jump_t(0);
         } else {
             x.jump_direct(i64::from(block.end), live, false);
         }

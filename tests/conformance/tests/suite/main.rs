@@ -1,6 +1,7 @@
 //! The conformance suite: see the crate's documentation.
 #![recursion_limit = "512"]
 
+mod calls;
 mod code;
 mod exceptions;
 mod interrupts;
