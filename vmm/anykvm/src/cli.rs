@@ -51,6 +51,8 @@ pub enum Command {
     Exec(ExecArgs),
     /// Say what this machine offers and which engine will be used
     Check(CheckArgs),
+    /// Measure how fast guests are here, beside the host and QEMU's TCG; under a minute
+    Bench(BenchArgs),
     /// Download and prepare the default guest, so that 'run' works offline
     Fetch(FetchArgs),
 }
@@ -191,6 +193,30 @@ pub struct CheckArgs {
     /// Print the findings as JSON, for scripts
     #[arg(long)]
     pub json: bool,
+}
+
+/// `anykvm bench`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+Small workloads run on this machine itself, in a guest of AnyKVM, and in QEMU's TCG if qemu-system-x86_64
+is installed: the same program each time. Times are medians of five.
+
+Exit codes:
+  0  all ran and computed the same
+  1  a result differed
+  125  a machine did not run")]
+pub struct BenchArgs {
+    /// Print every time as JSON, for scripts
+    #[arg(long)]
+    pub json: bool,
+
+    /// What executes the guest's instructions
+    #[arg(long, value_name = "ENGINE", default_value = "jit")]
+    pub engine: Engine,
+
+    /// Be the workloads, on the host or as a guest's first process
+    #[arg(long, hide = true)]
+    pub guest: bool,
 }
 
 /// `anykvm fetch`.

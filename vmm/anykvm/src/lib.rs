@@ -1,6 +1,7 @@
 //! The `anykvm` command: its options, the default guest, the terminal, and what `check` finds out.
 //! The virtual machine itself is the crate `vmm`.
 
+pub mod bench;
 pub mod check;
 pub mod cli;
 pub mod disk;

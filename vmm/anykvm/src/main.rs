@@ -8,7 +8,7 @@ use anykvm::cli::{Cli, Command, FetchArgs};
 use anykvm::error::{EXIT_FAILED, EXIT_USAGE};
 use anykvm::guest::Cache;
 use anykvm::progress::Progress;
-use anykvm::{Error, exec, run, terminal};
+use anykvm::{Error, bench, exec, run, terminal};
 use clap::Parser;
 use clap::error::ErrorKind;
 
@@ -39,6 +39,11 @@ fn real_main() -> Result<u8, Error> {
         Command::Run(args) => run::run(&args),
         Command::Exec(args) => exec::exec(&args),
         Command::Check(args) => check(args.json),
+        Command::Bench(args) if args.guest => {
+            bench::guest();
+            Ok(0)
+        }
+        Command::Bench(args) => bench::run(&args),
         Command::Fetch(args) => fetch(&args),
     }
 }

@@ -35,6 +35,7 @@ fn help_teaches_by_example() {
         (&["run", "--help"], "Ctrl-A x"),
         (&["run", "--help"], "Exit codes:"),
         (&["check", "--help"], "Exit codes:"),
+        (&["bench", "--help"], "Exit codes:"),
         (&["fetch", "--help"], "XDG_CACHE_HOME"),
     ] {
         anykvm(arguments)
@@ -44,6 +45,15 @@ fn help_teaches_by_example() {
             .stderr("");
     }
     anykvm(&[]).assert().code(2).stderr(contains("Examples:"));
+}
+
+#[test]
+fn the_workloads_of_bench_report_each_repetition() {
+    anykvm(&["bench", "--guest"])
+        .assert()
+        .success()
+        .stdout(contains("@bench start").and(contains("@bench syscalls ").count(5)))
+        .stdout(predicates::str::ends_with("@bench end\n"));
 }
 
 #[test]
