@@ -390,8 +390,9 @@ fn in_place(insn: &Instruction, enc: &Encoding, slots: &[Slot]) -> Option<Encodi
         K::r8_or_mem => 1,
         _ => return None,
     };
-    // A 32-bit result clears the upper half of a register, but not of memory.
-    if s.write && size == 4 {
+    // A 32-bit result clears the upper half of a register, but not of memory. And a byte that was stored
+    // by itself makes the next load of the slot wait.
+    if s.write && size != 8 {
         return None;
     }
     let mut e = *enc;
