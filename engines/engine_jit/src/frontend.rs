@@ -155,7 +155,7 @@ pub const BEYOND: usize = 14;
 /// instruction at `start`, which crosses the page end. `None`: such an instruction is at `start`, and
 /// the bytes of the next page are needed.
 pub fn decode(page: &[u8], start: usize, ctx: Context) -> Option<Decoded> {
-    let mut ops = Vec::with_capacity(16);
+    let mut ops = Vec::with_capacity(MAX_OPS);
     let mut end = start;
     let mut closed = false;
     let mut before_crossing = false;

@@ -38,3 +38,56 @@ impl Translator {
         usize::from(block.end).max(start + 1)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::{Duration, Instant};
+
+    /// `cargo test --release -p engine_jit translation_speed -- --ignored --nocapture`
+    #[test]
+    #[ignore = "prints a figure"]
+    fn translation_speed() {
+        let translator = Translator::new().unwrap();
+        // 64-bit user code with AVX.
+        let context = 0x2fe;
+        // This program, as a compiler made it.
+        let exe = std::fs::read(std::env::current_exe().unwrap()).unwrap();
+        let blocks = |work: &mut dyn FnMut(&[u8; 8192], usize, usize)| {
+            for page in exe[exe.len() / 4..][..1 << 20].windows(8192).step_by(4096) {
+                let page: &[u8; 8192] = page.try_into().unwrap();
+                let mut at = 0;
+                while at < 4096 {
+                    let Some(b) = frontend::decode(&page[..4096], at, Context(context)) else {
+                        break;
+                    };
+                    work(page, at, b.ops.len());
+                    at = usize::from(b.end).max(at + 1);
+                }
+            }
+        };
+        let (mut ops, mut count) = (0, 0);
+        let time = |f: &mut dyn FnMut()| {
+            let best = |n: Duration, _| {
+                let start = Instant::now();
+                f();
+                n.min(start.elapsed())
+            };
+            (0..5).fold(Duration::MAX, best).as_nanos() as f64
+        };
+        blocks(&mut |_, _, n| (ops, count) = (ops + n, count + 1));
+        let decode = time(&mut || blocks(&mut |_, _, _| ()));
+        let both = time(&mut || {
+            blocks(&mut |page, at, _| {
+                translator.translate(page, at, context);
+            });
+        });
+        let ops = ops as f64;
+        println!(
+            "{:.0} ns per instruction, {:.0} of them to decode; {:.1} instructions per block",
+            (both - decode) / ops,
+            decode / ops,
+            ops / f64::from(count)
+        );
+    }
+}

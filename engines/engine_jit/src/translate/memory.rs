@@ -162,8 +162,11 @@ impl Tx<'_> {
                 op.reads
             },
         };
+        let options =
+            InstructionInfoOptions::NO_MEMORY_USAGE | InstructionInfoOptions::NO_REGISTER_USAGE;
+        let info = self.info.info_options(insn, options);
         for i in 0..insn.op_count() {
-            let access = self.info.info(insn).op_access(i);
+            let access = info.op_access(i);
             let writes = !matches!(
                 access,
                 OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess
@@ -357,10 +360,7 @@ pub(super) struct Slot {
 
 /// The instruction cannot be re-encoded: AH-DH beside an extended register.
 fn enc_fails(enc: &Encoding, extended: bool) -> bool {
-    if enc.names_high_byte() && extended {
-        return true;
-    }
-    enc.emit(&mut [0; MAX_LEN]).is_none()
+    enc.names_high_byte() && (extended || enc.emit(&mut [0; MAX_LEN]).is_none())
 }
 
 /// The instruction with its one register that lives in memory used there as a memory operand, where

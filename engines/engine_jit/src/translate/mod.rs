@@ -29,7 +29,8 @@ use crate::layout::{
 };
 use crate::stubs::{GUEST_RSP, I, Stubs, T};
 use iced_x86::{
-    ConditionCode, FlowControl, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register,
+    ConditionCode, FlowControl, Instruction, InstructionInfoFactory, InstructionInfoOptions,
+    OpAccess, OpKind, Register,
 };
 use x86emu::encoding::{Encoding, Field, HostMem, MAX_LEN, gpr_field};
 use x86emu::state::CodeSize;
@@ -100,11 +101,11 @@ pub fn translate(block: &Decoded, ctx: Context, stubs: &Stubs, base: u64, bmi2: 
         ctx,
         stubs,
         block,
-        cold: Vec::new(),
+        cold: Vec::with_capacity(16),
         flags: Flags::Host,
         info: InstructionInfoFactory::new(),
         bmi2,
-        map: Vec::with_capacity(block.ops.len()),
+        map: Vec::with_capacity(2 * block.ops.len()),
         imms: Vec::new(),
         beyond: Vec::new(),
     };

@@ -550,3 +550,270 @@ fn the_same_bytes_in_every_mode_size() {
         assert_eq!(m.finish(&mut v), [want, want].concat());
     });
 }
+
+#[test]
+fn immediates_of_every_size() {
+    // Constants of running code change, whole, in part, and together with what is around them.
+    each(|engine| {
+        let m = Machine::new(engine);
+        let rounds = engine.rounds(3000);
+        let (code, cell) = (DATA + 0x40, DATA + 0x3000);
+        m.load(code, 64, |a| {
+            asm!(a;
+                mov(eax, 0x11223344u32);            // +1, 4 bytes
+                mov(rdx, 0x1122334455667788u64);    // +7, 8 bytes
+                add(rax, rdx);
+                imul_3(eax, eax, 0x1234567);        // +20: 69 c0, at +22
+                mov(word_ptr(cell), 0x5555);
+                add(byte_ptr(cell), 0x11);
+                adc(eax, dword_ptr(cell));
+                db(&[0xc1, 0xe0, 0x03]);            // shl eax, 3
+                adc(eax, 0);
+                ret();
+            );
+        });
+        let find = |bytes: &[u8]| {
+            let page = m.memory.read(code, 128);
+            let at = page.windows(bytes.len()).position(|w| w == bytes);
+            code + at.expect("the code has these bytes") as u64
+        };
+        let (imm64, imul) = (find(&[0x88, 0x77]), find(&[0x67, 0x45, 0x23, 0x01]));
+        let (word, byte) = (find(&[0x55, 0x55, 0x80]), find(&[0x11, 0x13, 0x04]));
+        let shift = find(&[0xc1, 0xe0, 0x03]) + 2;
+        m.load(ENTRY, 64, |a| {
+            asm!(a; xor(edi, edi); xor(esi, esi); mov(rbx, code););
+            let top = here(a);
+            asm!(a;
+                imul_3(ecx, esi, 0x9e37_79b1u32 as i32);
+                mov(dword_ptr(code + 1), ecx);
+                mov(byte_ptr(imm64 + 2), cl);
+                mov(dword_ptr(imm64 + 3), esi);
+                mov(word_ptr(imul + 1), cx);
+                // The end of one instruction's and the start of another's opcode, which stays.
+                mov(r8d, dword_ptr(word));
+                mov(r8w, si);
+                mov(dword_ptr(word), r8d);
+                mov(byte_ptr(byte), cl);
+                and(ecx, 3);
+                mov(byte_ptr(shift), cl);
+                call(rbx);
+                rol(edi, 5);
+                xor(edi, eax);
+                inc(esi);
+                cmp(esi, rounds);
+                jne(top);
+                mov(eax, edi);
+            );
+            report(a);
+            end(a);
+        });
+        let mut sum = 0u32;
+        for i in 0..rounds {
+            let c = i.wrapping_mul(0x9e37_79b1);
+            let mut wide = 0x1122_3344_5566_7788u64.to_le_bytes();
+            wide[2] = c as u8;
+            wide[3..7].copy_from_slice(&i.to_le_bytes());
+            let mut factor = 0x0123_4567u32.to_le_bytes();
+            factor[1..3].copy_from_slice(&(c as u16).to_le_bytes());
+            let a = u64::from(c).wrapping_add(u64::from_le_bytes(wide)) as u32;
+            let a = a.wrapping_mul(u32::from_le_bytes(factor));
+            let (low, carry) = (i as u16 as u8).overflowing_add(c as u8);
+            let value = u32::from(i as u16) & 0xff00 | u32::from(low);
+            let (s, c1) = a.overflowing_add(value);
+            let (s, c2) = s.overflowing_add(carry.into());
+            let count = c & 3;
+            let carry = if count == 0 {
+                c1 || c2
+            } else {
+                s >> (32 - count) & 1 != 0
+            };
+            let a = (s << count).wrapping_add(carry.into());
+            sum = sum.rotate_left(5) ^ a;
+        }
+        let mut v = m.long(0, ENTRY);
+        assert_eq!(m.finish(&mut v), [sum]);
+    });
+}
+
+#[test]
+fn stores_to_code_keep_flags_and_vectors() {
+    each(|engine| {
+        let m = Machine::new(engine);
+        let rounds = engine.rounds(2000);
+        let code = DATA + 0x1000;
+        m.memory.write(code, &function(1));
+        m.load(ENTRY, 64, |a| {
+            let count = |a: &mut CodeAssembler| asm!(a; movzx(eax, al); add(edi, eax););
+            asm!(a; xor(edi, edi); xor(esi, esi); mov(rbx, code); mov(r13, code););
+            asm!(a; mov(eax, 0x100); movd(xmm1, eax););
+            let top = here(a);
+            // Flags from before a store into a function, and into its page.
+            asm!(a; movd(xmm3, esi); cmp(esi, 1000); mov(dword_ptr(r13 + 1), esi); setb(al););
+            count(a);
+            asm!(a; cmp(esi, 1500); mov(dword_ptr(rbx + 0x800), esi); seta(al););
+            count(a);
+            // Flags from the store itself.
+            asm!(a; add(dword_ptr(rbx + 0x804), 0x4000_0000); setc(al););
+            count(a);
+            asm!(a; sub(byte_ptr(r13 + 1), 3); setc(al););
+            count(a);
+            asm!(a;
+                call(rbx);
+                add(edi, eax);
+                // A vector store over the function and behind it takes 1 from its constant.
+                movups(xmm0, xmmword_ptr(rbx));
+                psubd(xmm0, xmm1);
+                movups(xmmword_ptr(rbx), xmm0);
+                movd(eax, xmm3);
+                add(edi, eax);
+                call(rbx);
+                add(edi, eax);
+                inc(esi);
+                cmp(esi, rounds);
+                jne(top);
+                mov(eax, edi);
+            );
+            report(a);
+            end(a);
+        });
+        let want = (0..rounds).fold(0u32, |sum, i| {
+            let flags = u32::from(i < 1000)
+                + u32::from(i > 1500)
+                + u32::from(i % 4 == 3)
+                + u32::from(i & 0xff < 3);
+            let value = i & !0xff | (i.wrapping_sub(3) & 0xff);
+            let less = value.wrapping_sub(1) & 0xff_ffff;
+            [flags, value, i, less]
+                .into_iter()
+                .fold(sum, u32::wrapping_add)
+        });
+        let mut v = m.long(0, ENTRY);
+        assert_eq!(m.finish(&mut v), [want]);
+    });
+}
+
+#[test]
+fn a_store_across_the_end_of_a_page_of_code() {
+    // Eight bytes change the end of one function and the start of the next, in another page.
+    each(|engine| {
+        let m = Machine::new(engine);
+        let rounds = engine.rounds(2000);
+        let (first, second) = (DATA + 0xffa, DATA + 0x1000);
+        m.memory.write(first, &function(1));
+        m.memory.write(second, &function(2));
+        m.load(ENTRY, 64, |a| {
+            asm!(a; xor(edi, edi); xor(esi, esi); mov(rbx, first); mov(rbp, second););
+            let top = here(a);
+            asm!(a;
+                // Two bytes of a constant, RET, MOV EAX, and the other constant.
+                movzx(ecx, sil);
+                mov(rax, rcx);
+                shl(rax, 32);
+                or(rax, rcx);
+                mov(edx, 0xb8c3_0000u32);
+                or(rax, rdx);
+                mov(qword_ptr(rbx + 3), rax);
+                call(rbx);
+                rol(edi, 3);
+                add(edi, eax);
+                call(rbp);
+                rol(edi, 3);
+                add(edi, eax);
+                inc(esi);
+                cmp(esi, rounds);
+                jne(top);
+                mov(eax, edi);
+            );
+            report(a);
+            end(a);
+        });
+        let want = (0..rounds).fold(0u32, |s, i| {
+            let byte = i & 0xff;
+            let s = s.rotate_left(3).wrapping_add(1 | byte << 16);
+            s.rotate_left(3).wrapping_add(byte)
+        });
+        let mut v = m.long(0, ENTRY);
+        assert_eq!(m.finish(&mut v), [want]);
+    });
+}
+
+#[test]
+fn a_page_of_code_becomes_data_and_code_again() {
+    each(|engine| {
+        let m = Machine::new(engine);
+        let rounds = engine.rounds(40);
+        let code = DATA + 0x1000;
+        m.memory.write(code, &function(7));
+        m.load(ENTRY, 64, |a| {
+            asm!(a; xor(edi, edi); xor(esi, esi); mov(rbx, code););
+            let top = here(a);
+            // Data all over the page, often, then a function again.
+            asm!(a; mov(ecx, 0x3ff););
+            let fill = here(a);
+            asm!(a;
+                lea(eax, ptr(rsi + rcx));
+                mov(dword_ptr(rbx + rcx * 4), eax);
+                dec(ecx);
+                jns(fill);
+                mov(eax, dword_ptr(rbx + 0x123 * 4));
+                add(edi, eax);
+                mov(byte_ptr(rbx), 0xb8);
+                mov(dword_ptr(rbx + 1), esi);
+                mov(byte_ptr(rbx + 5), 0xc3);
+                call(rbx);
+                rol(edi, 3);
+                add(edi, eax);
+                inc(esi);
+                cmp(esi, rounds);
+                jne(top);
+                mov(eax, edi);
+            );
+            report(a);
+            end(a);
+        });
+        let want = (0..rounds).fold(0u32, |s, i| {
+            s.wrapping_add(i + 0x123).rotate_left(3).wrapping_add(i)
+        });
+        let mut v = m.long(0, ENTRY);
+        assert_eq!(m.finish(&mut v), [want]);
+    });
+}
+
+#[test]
+fn another_vcpu_patches_a_constant_of_a_loop() {
+    // The constant lies in one aligned word: whoever runs it sees old or new, and new at last.
+    each_but_kvm(PVM_CODE, |engine| {
+        let m = Machine::new(engine);
+        let last = engine.rounds(20_000);
+        let (code, ready) = (DATA + 0x1007, DATA);
+        m.memory.write(code, &function(0));
+        m.load(ENTRY, 64, |a| {
+            asm!(a; mov(esi, 1););
+            let wait = here(a);
+            asm!(a; pause(); cmp(dword_ptr(ready), 0); je(wait););
+            let top = here(a);
+            asm!(a; mov(dword_ptr(code + 1), esi); inc(esi); cmp(esi, last + 1); jne(top););
+            end(a);
+        });
+        m.load(SECOND, 64, |a| {
+            let mut back = a.create_label();
+            asm!(a; xor(edi, edi); mov(r8, code););
+            let top = here(a);
+            asm!(a;
+                call(r8);
+                mov(dword_ptr(ready), 1);
+                cmp(eax, edi);
+                jb(back);
+                mov(edi, eax);
+                cmp(eax, last);
+                jne(top);
+                set_label(&mut back);
+                nop();
+            );
+            report(a);
+            end(a);
+        });
+        let got = m.finish_all(vec![m.long(0, ENTRY), m.long(1, SECOND)]);
+        assert_eq!(got[1], [last]);
+    });
+}
