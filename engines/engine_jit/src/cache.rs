@@ -344,6 +344,29 @@ impl Cache {
         });
     }
 
+    /// Nothing that translations of a page depend on has changed: `same` compares known bytes at an offset
+    /// with the page as it is now.
+    pub fn holds(&self, gfn: u64, same: impl Fn(usize, &[u8]) -> bool) -> bool {
+        let Some(p) = self.pages.get(&gfn) else {
+            return true;
+        };
+        let mut left = p.lines();
+        while left != 0 {
+            let first = left.trailing_zeros();
+            let count = (left >> first).trailing_ones();
+            left &= u64::MAX.checked_shl(first + count).unwrap_or(0);
+            let (start, len) = (first as usize * 64, count as usize * 64);
+            if !p
+                .bytes
+                .get(start..start + len)
+                .is_some_and(|known| same(start, known))
+            {
+                return false;
+            }
+        }
+        true
+    }
+
     /// Bytes in `lines` of a page may have changed: `read` copies a line as it is now, by number.
     /// Translations that depend on a byte that is another one now are changed in place, or killed. Other
     /// vCPUs may be executing them; they leave at the next entry.

@@ -272,6 +272,32 @@ impl<'a> Runner<'a> {
     /// Finds or makes the translation for the current state; its indirect entry, prepared to be
     /// jumped to. 0 if the dispatch loop must look first.
     fn dispatch(&mut self) -> u64 {
+        if self.exit.is_some() || self.interrupted().is_some() || self.single_step() {
+            return 0;
+        }
+        self.vm.cpu.rflags &= !RF;
+        let ctx = Context::of(&self.vm.cpu);
+        if ctx.segmented() {
+            return self.find();
+        }
+        let pc = self.linear_pc();
+        self.vm.ctx = ctx.0;
+        self.vm.caches.enter_context(ctx);
+        // If that block is dead, its entry leads to `find`.
+        match self.vm.caches.jump(ctx.tlb(), pc) {
+            Some(entry) => {
+                self.vm.t = pc;
+                self.vm.fpu_reload = 0;
+                self.vm.split_flags();
+                entry
+            }
+            None => self.find(),
+        }
+    }
+
+    /// As [`Self::dispatch`], for an address that the jump cache does not have, or has no living block
+    /// for.
+    fn find(&mut self) -> u64 {
         loop {
             if self.exit.is_some() || self.interrupted().is_some() || self.single_step() {
                 return 0;
@@ -366,12 +392,25 @@ impl<'a> Runner<'a> {
         let Some(flags) = self.world.code_map.page(m.gpa) else {
             return Ok(None);
         };
-        if self.env.host_ptr(gfn << 12, 4096, false).is_none() {
+        let Some(page) = self.env.host_ptr(gfn << 12, 4096, false) else {
             return Ok(None);
-        }
+        };
         // A device or user space may have replaced the code without a write that was seen.
-        if flags.load(Ordering::Acquire) & PAGE_CODE != 0 && !self.kill(gfn, u64::MAX) {
-            return self.leave();
+        if flags.load(Ordering::Acquire) & PAGE_CODE != 0 {
+            let Some(cache) = self.world.cache(self.me) else {
+                return self.leave();
+            };
+            let holds = cache.holds(gfn, |offset, known| {
+                // SAFETY: `host_ptr` vouches for the page, which `offset` and the length lie in. Other
+                // vCPUs may write it: what is torn is different.
+                unsafe {
+                    libc::memcmp(page.add(offset).cast(), known.as_ptr().cast(), known.len()) == 0
+                }
+            });
+            drop(cache);
+            if !holds && !self.kill(gfn, u64::MAX) {
+                return self.leave();
+            }
         }
         self.vm.caches.fill_code(ctx.user(), pc, &m);
         Ok(Some(m.gpa))
@@ -879,7 +918,7 @@ extern "sysv64" fn helper_jump(vm: *mut VcpuMem, _: *const u8) -> u64 {
     }
     r.sync_linear(r.vm.t);
     debug_assert!(jump_index(r.vm.t) < crate::layout::JUMP_ENTRIES);
-    r.dispatch()
+    r.find()
 }
 
 extern "sysv64" fn helper_poll(vm: *mut VcpuMem, ret: *const u8) -> u64 {

@@ -158,6 +158,17 @@ impl Caches {
         self.note_jump_page(pc);
     }
 
+    /// The indirect entry of the code for a linear address, if it is known.
+    pub fn jump(&self, u: usize, pc: u64) -> Option<u64> {
+        [
+            &self.jumps[u][jump_index(pc)],
+            &self.jumps2[u][jump2_index(pc)],
+        ]
+        .into_iter()
+        .find(|e| e.pc == pc && e.host != 0)
+        .map(|e| e.host)
+    }
+
     /// Jump-cache entries depend on the page of `gva`.
     pub fn note_jump_page(&mut self, gva: u64) {
         let (w, b) = page_hash(gva);
