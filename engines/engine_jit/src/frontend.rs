@@ -111,6 +111,8 @@ pub struct Op {
     pub live_target: u32,
     /// It uses x87, MMX, SSE, AVX or mask registers.
     pub fpu: bool,
+    /// Its bytes, where it is no invalid one.
+    pub bytes: [u8; 15],
 }
 
 /// A decoded block.
@@ -260,6 +262,7 @@ fn op(insn: Instruction, off: u16, enc: Option<Encoding>, kind: Kind, fpu: bool)
         live_before: 0,
         live_target: 0,
         fpu,
+        bytes: [0; 15],
     }
 }
 
@@ -308,7 +311,11 @@ pub fn immediate(op: &Op) -> Option<(u16, u8)> {
 /// Classifies an instruction and looks up its flags.
 pub fn op_of(insn: &Instruction, bytes: &[u8], off: u16, ctx: Context) -> Op {
     let (kind, enc, fpu) = classify(insn, bytes, ctx);
-    op(*insn, off, enc, kind, fpu)
+    let mut o = op(*insn, off, enc, kind, fpu);
+    if let Some(to) = o.bytes.get_mut(..bytes.len()) {
+        to.copy_from_slice(bytes);
+    }
+    o
 }
 
 /// The instruction has an operand-size prefix in 64-bit code and no REX.W that overrules it.

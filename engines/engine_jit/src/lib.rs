@@ -20,6 +20,7 @@ pub mod fuzz;
 mod layout;
 mod liveness;
 mod perf;
+mod recent;
 mod refill;
 mod run;
 mod shadow;

@@ -8,6 +8,7 @@ use crate::context::Context;
 use crate::env::{JitEnv, Written};
 use crate::frontend;
 use crate::layout::{VcpuMem, branch_of, jump_index};
+use crate::recent::Recent;
 use crate::stats::Stats;
 use crate::stubs::Helpers;
 use crate::translate::{meta, translate};
@@ -44,6 +45,7 @@ pub struct Runner<'a> {
     exit: Option<Exit>,
     written: Written,
     stats: &'a mut Stats,
+    recent: &'a mut Recent,
 }
 
 /// Why there is no block.
@@ -72,6 +74,7 @@ impl<'a> Runner<'a> {
         world: &'a World,
         me: &'a VcpuBox,
         stats: &'a mut Stats,
+        recent: &'a mut Recent,
     ) -> Self {
         Runner {
             vm,
@@ -81,6 +84,7 @@ impl<'a> Runner<'a> {
             exit: None,
             written: Written::default(),
             stats,
+            recent,
         }
     }
 
@@ -139,11 +143,12 @@ impl<'a> Runner<'a> {
 
     /// The next instruction must be interpreted by itself.
     fn single_step(&self) -> bool {
+        self.single_step_in(Context::of(&self.vm.cpu))
+    }
+
+    fn single_step_in(&self, ctx: Context) -> bool {
         let cpu = &self.vm.cpu;
-        cpu.shadow != 0
-            || cpu.rflags & TF != 0
-            || cpu.dr7 & 0xff != 0
-            || Context::of(cpu).interpret_only()
+        cpu.shadow != 0 || cpu.rflags & TF != 0 || cpu.dr7 & 0xff != 0 || ctx.interpret_only()
     }
 
     /// Counts the next instruction by mnemonic.
@@ -179,6 +184,11 @@ impl<'a> Runner<'a> {
 
     /// Interprets one instruction and delivers the exception it may raise.
     fn step(&mut self) -> Stepped {
+        self.step_at(&[])
+    }
+
+    /// The same, for an instruction whose bytes are known to be `bytes` if there are any.
+    fn step_at(&mut self, bytes: &[u8]) -> Stepped {
         self.stats.interpreted += 1;
         if self.stats.mnemonics.is_some() {
             self.profile();
@@ -191,7 +201,18 @@ impl<'a> Runner<'a> {
             caches,
             written: &mut self.written,
         };
-        let result = match x86emu::interp::step(cpu, &mut env) {
+        let known = match bytes {
+            [] => None,
+            _ => {
+                let amd = env.features().amd;
+                self.recent.get(cpu.code_size(), cpu.rip, bytes, amd)
+            }
+        };
+        let stepped = match &known {
+            Some(insn) => x86emu::interp::step_decoded(cpu, &mut env, bytes, insn),
+            None => x86emu::interp::step(cpu, &mut env),
+        };
+        let result = match stepped {
             Ok(()) => Stepped::Retired,
             Err(Stop::Exit(exit)) => Stepped::Exit(exit),
             Err(Stop::Exception(e)) => {
@@ -272,11 +293,11 @@ impl<'a> Runner<'a> {
     /// Finds or makes the translation for the current state; its indirect entry, prepared to be
     /// jumped to. 0 if the dispatch loop must look first.
     fn dispatch(&mut self) -> u64 {
-        if self.exit.is_some() || self.interrupted().is_some() || self.single_step() {
+        let ctx = Context::of(&self.vm.cpu);
+        if self.exit.is_some() || self.interrupted().is_some() || self.single_step_in(ctx) {
             return 0;
         }
         self.vm.cpu.rflags &= !RF;
-        let ctx = Context::of(&self.vm.cpu);
         if ctx.segmented() {
             return self.find();
         }
@@ -612,13 +633,15 @@ impl<'a> Runner<'a> {
 
     /// Interprets the instruction that a stub's inline data describes, and continues behind it at
     /// `resume` if the block still holds.
-    fn interpret(&mut self, word: u32, resume: u64) -> u64 {
+    ///
+    /// `bytes`: the instruction's, or none if they must be fetched.
+    fn interpret(&mut self, word: u32, bytes: &[u8], resume: u64) -> u64 {
         self.sync(word & 0xfff);
         let (rip, ctx) = (self.vm.cpu.rip, self.vm.ctx);
         let next = rip.wrapping_add(u64::from(word >> meta::LEN_SHIFT & 15));
         let epoch = self.epoch();
         let flushes = self.vm.caches.jump_flushes;
-        match self.step() {
+        match self.step_at(bytes) {
             Stepped::Retired => {}
             Stepped::Redirected => return self.dispatch(),
             Stepped::Exit(exit) => {
@@ -823,7 +846,10 @@ unsafe fn relative(p: *const u8) -> u64 {
 
 extern "sysv64" fn helper_interpret(vm: *mut VcpuMem, ret: *const u8) -> u64 {
     // SAFETY: called by the stub with its contract.
-    unsafe { runner(vm).interpret(word(ret), ret as u64 + 4) }
+    unsafe {
+        let bytes = std::slice::from_raw_parts(ret.add(4), usize::from(*ret.add(19)).min(15));
+        runner(vm).interpret(word(ret), bytes, ret as u64 + 20)
+    }
 }
 
 extern "sysv64" fn helper_memory(vm: *mut VcpuMem, ret: *const u8) -> u64 {
@@ -837,7 +863,7 @@ extern "sysv64" fn helper_memory(vm: *mut VcpuMem, ret: *const u8) -> u64 {
         }
         return retry;
     }
-    r.interpret(w, ret as u64 + 8)
+    r.interpret(w, &[], ret as u64 + 8)
 }
 
 extern "sysv64" fn helper_link(vm: *mut VcpuMem, ret: *const u8) -> u64 {

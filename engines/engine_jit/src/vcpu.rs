@@ -4,6 +4,7 @@
     reason = "hands out references into vCPU memory that emitted code shares"
 )]
 
+use crate::recent::Recent;
 use crate::run::{HELPERS, Runner};
 use crate::stats::Stats;
 use crate::world::{VcpuBox, World};
@@ -37,6 +38,7 @@ impl Engine for JitEngine {
         Ok(Box::new(JitVcpu {
             world: self.world.clone(),
             mem,
+            recent: Recent::default(),
             stats: Stats {
                 mnemonics: std::env::var_os("ANYKVM_JIT_STATS")
                     .is_some_and(|v| v == "2")
@@ -66,6 +68,7 @@ pub struct JitVcpu {
     world: Arc<World>,
     mem: Arc<VcpuBox>,
     stats: Stats,
+    recent: Recent,
 }
 
 impl JitVcpu {
@@ -104,7 +107,15 @@ impl EngineVcpu for JitVcpu {
             // written over its code.
             vm.caches.flush_code();
         }
-        let exit = Runner::new(vm, env, &self.world, &self.mem, &mut self.stats).run();
+        let exit = Runner::new(
+            vm,
+            env,
+            &self.world,
+            &self.mem,
+            &mut self.stats,
+            &mut self.recent,
+        )
+        .run();
         self.world.leave(&self.mem);
         exit
     }
@@ -114,7 +125,15 @@ impl EngineVcpu for JitVcpu {
         // SAFETY: as in `run`.
         let vm = unsafe { &mut *self.mem.mem() };
         vm.irq_window = 0;
-        let exit = Runner::new(vm, env, &self.world, &self.mem, &mut self.stats).step_once();
+        let exit = Runner::new(
+            vm,
+            env,
+            &self.world,
+            &self.mem,
+            &mut self.stats,
+            &mut self.recent,
+        )
+        .step_once();
         self.world.leave(&self.mem);
         exit
     }

@@ -196,8 +196,7 @@ impl Tx<'_> {
                 if save {
                     flags::save(&mut self.a);
                 }
-                self.a.call_to(self.stubs.interpret);
-                self.a.d32(meta);
+                self.call_interpreter(meta);
                 if reload {
                     flags::restore(&mut self.a);
                 }

@@ -3,13 +3,26 @@
 use super::*;
 
 impl Tx<'_> {
+    /// Calls the `interpret` stub for the instruction that the data word is about. The word stands behind the
+    /// call, then the instruction's bytes, and their number, which is zero if they are no instruction.
+    pub(super) fn call_interpreter(&mut self, meta: u32) {
+        self.a.call_to(self.stubs.interpret);
+        self.a.d32(meta);
+        let offset = meta & 0xfff;
+        let op = self.block.ops.iter().find(|o| u32::from(o.off) == offset);
+        let (bytes, len) = op
+            .filter(|o| !o.insn.is_invalid())
+            .map_or(([0; 15], 0), |o| (o.bytes, o.insn.len() as u8));
+        self.a.bytes(&bytes);
+        self.a.bytes(&[len]);
+    }
+
     /// Calls the interpreter for one instruction.
     pub(super) fn interpret(&mut self, op: &Op) {
         let live = op.live_before | op.live_after | op.reads;
         self.save_flags(live);
-        self.a.call_to(self.stubs.interpret);
         let meta = self.meta(op);
-        self.a.d32(meta);
+        self.call_interpreter(meta);
         // The helper continues here if the block goes on.
         self.flags = Flags::Memory;
     }
