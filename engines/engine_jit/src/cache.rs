@@ -513,3 +513,100 @@ fn to(opcode: u8, at: u64, target: u64) -> [u8; 5] {
     let d = (target.wrapping_sub(at + 5) as u32).to_le_bytes();
     [opcode, d[0], d[1], d[2], d[3]]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Bytes of the arena at an executable address.
+    fn code(cache: &Cache, at: u64) -> &[u8] {
+        &cache.arena.bytes()[(at - cache.arena.start()) as usize..]
+    }
+
+    /// A translation of page offsets `[start, stop)` with an immediate of two bytes at the end, whose
+    /// copy is at offset 16, and a look ahead at `peeked`.
+    fn insert(cache: &mut Cache, page: &[u8], start: u16, stop: u16, peeked: (u16, u16)) -> u64 {
+        let at = cache.arena.push(&[0x90; 32]).unwrap();
+        let lines = lines_of(start.into(), usize::from(stop - start))
+            | lines_of(peeked.0.into(), usize::from(peeked.1 - peeked.0));
+        let imm = Imm {
+            off: stop - 2,
+            len: 2,
+            host: 16,
+        };
+        let block = Block {
+            phys: 0x5000 | u64::from(start),
+            stop,
+            ctx: 0,
+            indirect: at,
+            direct: at + 8,
+            direct_fpu: at + 8,
+            end: at + 32,
+            live_in: false,
+            fpu: false,
+            lines,
+            second: None,
+            dead: false,
+            map: Box::default(),
+            imms: Box::new([imm]),
+            peeked: Box::new([peeked]),
+        };
+        cache.insert(block, page, &[]);
+        at
+    }
+
+    #[test]
+    fn changes_patch_or_kill_what_depends_on_them() {
+        let arena = Arena::new(1 << 20).unwrap();
+        let mut cache = Cache::new(arena, Stubs::default(), Arc::default());
+        let mut page = vec![0u8; 4096];
+        let first = insert(&mut cache, &page, 0x10, 0x18, (0x20, 0x22));
+        let second = insert(&mut cache, &page, 0x20, 0x28, (0x80, 0x84));
+        assert_eq!(cache.page_lines(5), 0b101);
+        cache.link(0, first + 24, first + 20, second + 8, (0x5020, 0));
+        let linked = (second as u32)
+            .wrapping_add(8)
+            .wrapping_sub(first as u32 + 28);
+        assert_eq!(code(&cache, first + 24)[..4], linked.to_le_bytes());
+
+        let mut change = |cache: &mut Cache, at: usize, value: u8| {
+            page[at] = value;
+            cache.changed(5, u64::MAX, |line, now| {
+                now.copy_from_slice(&page[line * 64..][..64]);
+            });
+        };
+        // Data beside code, and what nobody looks at in a line with code.
+        change(&mut cache, 0x18, 1);
+        change(&mut cache, 0x84, 1);
+        change(&mut cache, 0x800, 1);
+        assert_eq!((cache.patched, cache.page_lines(5)), (0, 0b101));
+        // An immediate.
+        change(&mut cache, 0x26, 0x77);
+        assert_eq!(code(&cache, second + 16)[..2], [0x77, 0]);
+        assert_eq!((cache.patched, cache.find(0x5010, 0).is_some()), (1, true));
+        // What the second has looked ahead at: it dies, and nothing leads to it any more.
+        change(&mut cache, 0x80, 1);
+        assert!(cache.find(0x5020, 0).is_none() && cache.find(0x5010, 0).is_some());
+        assert_eq!(code(&cache, second)[0], 0xe9);
+        assert_eq!(code(&cache, second + 8)[0], 0xe8);
+        assert_eq!(code(&cache, first + 24)[..4], (-8i32).to_le_bytes());
+        assert_eq!(cache.page_lines(5), 0b1);
+        // An opcode.
+        change(&mut cache, 0x10, 1);
+        assert_eq!(
+            (cache.page_lines(5), cache.find(0x5010, 0).is_none()),
+            (0, true)
+        );
+    }
+
+    #[test]
+    fn lines_being_watched_stay() {
+        let arena = Arena::new(1 << 20).unwrap();
+        let mut cache = Cache::new(arena, Stubs::default(), Arc::default());
+        let page = vec![0u8; 4096];
+        insert(&mut cache, &page, 0x10, 0x18, (0x20, 0x22));
+        cache.watch(5, 0b1000);
+        cache.changed(5, 1, |_, now| now.fill(1));
+        assert_eq!(cache.page_lines(5), 0b1000);
+    }
+}

@@ -228,6 +228,7 @@ pub fn decode(page: &[u8], start: usize, ctx: Context) -> Option<Decoded> {
     })
 }
 
+#[inline]
 fn op(insn: Instruction, off: u16, enc: Option<Encoding>, kind: Kind, fpu: bool) -> Op {
     let (reads, modifies) = match kind {
         // Whatever pushes or replaces RFLAGS as a whole.
@@ -309,6 +310,7 @@ pub fn immediate(op: &Op) -> Option<(u16, u8)> {
 }
 
 /// Classifies an instruction and looks up its flags.
+#[inline]
 pub fn op_of(insn: &Instruction, bytes: &[u8], off: u16, ctx: Context) -> Op {
     let (kind, enc, fpu) = classify(insn, bytes, ctx);
     let mut o = op(*insn, off, enc, kind, fpu);

@@ -162,6 +162,17 @@ impl Tx<'_> {
                 op.reads
             },
         };
+        // Most registers are where the guest has them, and how they are used does not matter then.
+        let plain = |i| {
+            insn.op_kind(i) != OpKind::Memory && {
+                let r = insn.op_register(i);
+                let n = number(r);
+                !r.is_gpr() || host(n) == Some(n)
+            }
+        };
+        if (0..insn.op_count()).all(plain) {
+            return Some(o);
+        }
         let options =
             InstructionInfoOptions::NO_MEMORY_USAGE | InstructionInfoOptions::NO_REGISTER_USAGE;
         let info = self.info.info_options(insn, options);
