@@ -34,6 +34,15 @@ pub(super) enum Cold {
         branch: u32,
         lands: Option<usize>,
     },
+    /// A repeated string instruction that does not fit a page at each side: jumps to bind, its page offset,
+    /// where the flags are, where to go on.
+    Pages {
+        jumps: Vec<usize>,
+        offset: u16,
+        strings: Strings,
+        flags: Flags,
+        resume: usize,
+    },
     /// The attention flag is up at a direct call: jump to bind, page offset of the target, where its
     /// return lands.
     CallPoll {
@@ -262,6 +271,19 @@ impl Tx<'_> {
                 self.push_landing(lands);
                 self.a.call_to(self.stubs.poll);
                 self.a.d32(u32::from(target));
+            }
+            Cold::Pages {
+                jumps,
+                offset,
+                strings,
+                flags,
+                resume,
+            } => {
+                for j in jumps {
+                    self.a.bind(j);
+                }
+                self.flags = flags;
+                self.pages(offset, strings, resume);
             }
             Cold::Full { jump, resume } => {
                 self.a.bind(jump);

@@ -3,8 +3,8 @@
 use super::*;
 
 impl Tx<'_> {
-    /// MOVS, STOS, LODS. A repeated one runs natively if all of it lies in one page at each side;
-    /// otherwise the interpreter takes it page by page.
+    /// MOVS, STOS, LODS. A repeated one runs natively if all of it lies in one page at each side, otherwise
+    /// page by page behind the block.
     pub(super) fn strings(&mut self, op: &Op, s: Strings) {
         let size = 1usize << s.shift;
         self.save_flags(op.live_before);
@@ -44,29 +44,7 @@ impl Tx<'_> {
         }
         let width = [Size::B, Size::W, Size::D, Size::Q][usize::from(s.shift)];
         if s.rep {
-            self.a
-                .lea(T, Mem::Sib(Some(reg::RDI), Some((reg::RCX, s.shift)), 0));
-            if s.source {
-                self.a.lea(
-                    reg::RSI,
-                    Mem::Sib(Some(reg::RSI), Some((reg::RCX, s.shift)), 0),
-                );
-                self.a.store(Size::Q, Mem::Gs(off::SPILL + 16), reg::RSI);
-                self.a.load(Size::Q, reg::RSI, Mem::Gs(off::SPILL + 8));
-            }
-            self.a.mov(reg::RDI, I);
-            self.a.bytes(&[0xf3]);
-            match width {
-                Size::W => self.a.bytes(&[0x66]),
-                Size::Q => self.a.bytes(&[0x48]),
-                _ => {}
-            }
-            let opcode = if s.source { 0xa4 } else { 0xaa };
-            self.a.bytes(&[opcode | u8::from(s.shift != 0)]);
-            self.a.mov(reg::RDI, T);
-            if s.source {
-                self.a.load(Size::Q, reg::RSI, Mem::Gs(off::SPILL + 16));
-            }
+            self.repeat(s);
         } else {
             let step = size as i32;
             match (s.source, s.destination) {
@@ -88,18 +66,125 @@ impl Tx<'_> {
                 self.a.lea(reg::RDI, at(reg::RDI, step));
             }
         }
-        let (meta, resume) = (self.meta(op), self.a.here());
-        let reload = self.flags == Flags::Host && op.live_after != 0;
-        for jump in slow {
-            self.cold.push(Cold::Interpret {
-                jump,
-                meta,
-                resume,
-                reload,
-                save: false,
+        if !slow.is_empty() {
+            self.cold.push(Cold::Pages {
+                jumps: slow,
+                offset: op.off,
+                strings: s,
+                flags: self.flags,
+                resume: self.a.here(),
             });
         }
         self.resume_miss(misses, op);
+    }
+
+    /// REP MOVS or STOS of RCX elements that lie in one page at each side: the destination's host address
+    /// is in I, the source's in a spill slot. Clobbers T.
+    fn repeat(&mut self, s: Strings) {
+        let a = &mut self.a;
+        let moved = |r: u8| Mem::Sib(Some(r), Some((reg::RCX, s.shift)), 0);
+        a.lea(T, moved(reg::RDI));
+        if s.source {
+            a.lea(reg::RSI, moved(reg::RSI));
+            a.store(Size::Q, Mem::Gs(off::SPILL + 16), reg::RSI);
+            a.load(Size::Q, reg::RSI, Mem::Gs(off::SPILL + 8));
+        }
+        a.mov(reg::RDI, I);
+        a.bytes(&[0xf3]);
+        match s.shift {
+            1 => a.bytes(&[0x66]),
+            3 => a.bytes(&[0x48]),
+            _ => {}
+        }
+        let opcode = if s.source { 0xa4 } else { 0xaa };
+        a.bytes(&[opcode | u8::from(s.shift != 0)]);
+        a.mov(reg::RDI, T);
+        if s.source {
+            a.load(Size::Q, reg::RSI, Mem::Gs(off::SPILL + 16));
+        }
+    }
+
+    /// Behind the block: a repeated string instruction at page offset `offset`, page by page. It can be
+    /// interrupted between them, as on a processor: what is left is in the registers.
+    pub(super) fn pages(&mut self, offset: u16, s: Strings, resume: usize) {
+        let block = self.block;
+        let Some(index) = block.ops.iter().position(|o| o.off == offset) else {
+            return;
+        };
+        let op = &block.ops[index];
+        let reload = self.flags == Flags::Host && op.live_after != 0;
+        let top = self.a.here();
+        let mut misses = Vec::new();
+        if s.source {
+            let retry = self.a.here();
+            self.a.mov(T, reg::RSI);
+            misses.push(self.probe(1, false, retry, op));
+            self.a.lea(I, Mem::Sib(Some(I), Some((T, 0)), 0));
+            self.a.store(Size::Q, Mem::Gs(off::SPILL + 8), I);
+        }
+        let retry = self.a.here();
+        self.a.mov(T, reg::RDI);
+        misses.push(self.probe(1, true, retry, op));
+        self.a.lea(I, Mem::Sib(Some(I), Some((T, 0)), 0));
+        // T = elements up to the end of a page, at most RCX.
+        let left = |a: &mut Asm, to: u8, from: u8| {
+            a.mov(to, from);
+            a.op_reg(Size::Q, &[0xf7], 2, to); // not
+            a.alu_imm(Size::D, 4, to, 4095);
+            a.alu_imm(Size::D, 0, to, 1);
+            if s.shift != 0 {
+                a.shr(to, s.shift);
+            }
+        };
+        let spill = Mem::Gs(off::SPILL);
+        let a = &mut self.a;
+        left(a, T, reg::RDI);
+        if s.source {
+            a.store(Size::Q, spill, reg::RAX);
+            left(a, reg::RAX, reg::RSI);
+            a.op_reg(Size::Q, &[0x39], T, reg::RAX); // cmp rax, t
+            a.op_reg(Size::Q, &[0x0f, 0x42], T, reg::RAX); // cmovb t, rax
+            a.load(Size::Q, reg::RAX, spill);
+        }
+        a.op_reg(Size::Q, &[0x39], T, reg::RCX); // cmp rcx, t
+        a.op_reg(Size::Q, &[0x0f, 0x42], T, reg::RCX); // cmovb t, rcx
+        a.op_reg(Size::Q, &[0x85], T, T); // test
+        // None: an element crosses a page.
+        let none = a.jcc(cc::E);
+        a.store(Size::Q, spill, reg::RCX);
+        a.op_mem(Size::Q, &[0x29], T, spill); // sub
+        a.mov(reg::RCX, T);
+        self.repeat(s);
+        self.a.load(Size::Q, reg::RCX, spill);
+        self.a.op_reg(Size::Q, &[0x85], reg::RCX, reg::RCX); // test
+        let done = self.a.jcc(cc::E);
+        self.a.bind_to(done, resume);
+        self.a.cmp_mem_imm8(Size::D, Mem::Gs(off::ATTENTION), 0);
+        let more = self.a.jcc(cc::E);
+        self.a.bind_to(more, top);
+        let jump = self.a.jmp();
+        self.cold.push(Cold::Poll {
+            jump,
+            target: offset,
+            save: false,
+            restore_rcx: false,
+        });
+        let meta = self.meta(op);
+        self.cold.push(Cold::Interpret {
+            jump: none,
+            meta,
+            resume,
+            reload,
+            save: false,
+        });
+        for miss in misses {
+            self.cold.push(Cold::Miss {
+                miss,
+                op: index,
+                resume,
+                reload,
+            });
+        }
     }
 
     /// A bit string in memory: the bit number reaches beyond the operand at the address.

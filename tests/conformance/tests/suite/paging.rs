@@ -1153,3 +1153,89 @@ fn user_code_without_rights_to_a_page_of_its_own_code() {
         assert_eq!(m.page_faults(), [(0x15, VA)]);
     });
 }
+
+#[test]
+fn strings_over_pages() {
+    each(|engine| {
+        let m = Machine::new(engine);
+        let t = m.tables(Paging::Long);
+        m.fill(&t, Paging::Long);
+        // Four pages, in another order than their memory, and none behind them.
+        for (i, page) in [2, 0, 3, 1].into_iter().enumerate() {
+            let (va, pa) = (VA + 0x1000 * i as u64, DATA + 0x1000 * page);
+            t.map(va, pa, P | W | A | D);
+        }
+        let source = DATA + 0x8000;
+        let bytes: Vec<u8> = (0..0x4000u32).map(|i| (i * 7 + i / 251) as u8).collect();
+        m.memory.write(source, &bytes);
+        let state = |a: &mut CodeAssembler| {
+            asm!(a; mov(eax, ecx););
+            report(a);
+            asm!(a; mov(rax, rdi); sub(rax, rbx););
+            report(a);
+        };
+        m.load(ENTRY, 64, |a| {
+            asm!(a; mov(rbx, VA););
+            // Elements that cross pages, at both sides.
+            asm!(a; lea(rdi, ptr(rbx + 3)); mov(rsi, source + 6); mov(ecx, 0x600); rep.movsq(););
+            state(a);
+            asm!(a; lea(rdi, ptr(rbx + 0xff9)); mov(eax, 0x1234_5678); mov(ecx, 0x401); rep.stosd(););
+            state(a);
+            asm!(a; lea(rdi, ptr(rbx + 0x2fff)); mov(eax, 0x5aa5); mov(ecx, 3); rep.stosw(););
+            state(a);
+            // Overlapping, forwards: the first bytes repeat.
+            asm!(a; lea(rsi, ptr(rbx + 0x1200)); lea(rdi, ptr(rsi + 2)); mov(ecx, 0x1500); rep.movsb(););
+            state(a);
+            // Into the page that is not there: what was done stays done. Flags are kept.
+            asm!(a; lea(rdi, ptr(rbx + 0x1801)); mov(eax, 0x77); mov(ecx, 0x8000); stc(););
+            attempt(a, |a| asm!(a; rep.stosb(); ));
+            asm!(a; adc(ecx, 0););
+            state(a);
+            asm!(a; lea(rdi, ptr(rbx + 0x2ffe)); mov(eax, 0x77); mov(ecx, 0x8000););
+            attempt(a, |a| asm!(a; rep.stosq(); ));
+            state(a);
+            end(a);
+        });
+        let mut v = m.long(0, ENTRY);
+        let got = m.finish(&mut v);
+        let left = 0x8000 - (0x4000 - 0x1801) + 1;
+        assert_eq!(
+            got,
+            [
+                0,
+                0x3003,
+                0,
+                0x1ffd,
+                0,
+                0x3005,
+                0,
+                0x2702,
+                left,
+                0x4000,
+                0x8000 - 0x200,
+                0x3ffe
+            ]
+        );
+        let faults: Vec<u64> = m.faults().iter().map(|f| f.cr2).collect();
+        assert_eq!(faults, [VA + 0x4000, VA + 0x4000]);
+        let mut want = vec![0; 0x4000];
+        want[3..0x3003].copy_from_slice(&bytes[6..0x3006]);
+        for i in 0..0x401 {
+            want[0xff9 + 4 * i..][..4].copy_from_slice(&0x1234_5678u32.to_le_bytes());
+        }
+        for i in 0..3 {
+            want[0x2fff + 2 * i..][..2].copy_from_slice(&0x5aa5u16.to_le_bytes());
+        }
+        for i in 0..0x1500 {
+            want[0x1202 + i] = want[0x1200 + i];
+        }
+        want[0x1801..].fill(0x77);
+        for i in 0..0x200 {
+            want[0x2ffe + 8 * i..][..8].copy_from_slice(&0x77u64.to_le_bytes());
+        }
+        for (i, page) in [2, 0, 3, 1].into_iter().enumerate() {
+            let have = m.memory.read(DATA + 0x1000 * page, 4096);
+            assert!(have == want[0x1000 * i..][..0x1000], "page {i}");
+        }
+    });
+}
