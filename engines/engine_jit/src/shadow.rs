@@ -83,7 +83,7 @@ impl Shadow {
     /// Says where a return on an empty stack goes. Only before the vCPU runs.
     pub fn set_empty(&mut self, stub: u64) {
         for base in self.bases {
-            for i in 0..8 {
+            for i in 0..ABOVE as u64 / 16 {
                 // SAFETY: within the mapping; [`ABOVE`] is left above each base.
                 unsafe {
                     let p = (base + 16 * i) as *mut u64;

@@ -199,10 +199,9 @@ pub fn emit(a: &mut Asm, helpers: &Helpers, avx: bool) -> Stubs {
         s.astray[which] = a.pc();
         for i in 0..SEARCH {
             a.op_mem(Size::Q, &[0x3b], T, at(reg::RSP, 16 * i + 8)); // cmp
-            a.bytes(&[0x75, if i == 0 { 1 } else { 6 }]); // jne over
-            if i > 0 {
-                a.bytes(&[0x48, 0x8d, 0x64, 0x24, 16 * i as u8]); // lea rsp, [rsp + 16 i]
-            }
+            a.bytes(&[0x75, 9]); // jne over
+            a.bytes(&[0x48, 0x8d, 0xa4, 0x24]); // lea rsp, [rsp + 16 i]
+            a.d32(16 * i as u32);
             a.bytes(&[0xc3]);
         }
         s.lookup[which] = a.pc();
@@ -252,7 +251,7 @@ pub fn emit(a: &mut Asm, helpers: &Helpers, avx: bool) -> Stubs {
 }
 
 /// How many outer calls a return may skip (an exception, a `longjmp`) to be found.
-const SEARCH: i32 = 4;
+const SEARCH: i32 = 20;
 
 /// I = offset of T in a first-level jump cache.
 fn jump_offset(a: &mut Asm) {

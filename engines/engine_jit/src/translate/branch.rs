@@ -306,6 +306,17 @@ impl Tx<'_> {
         self.resume_miss(misses, op);
     }
 
+    /// The end of the return at page offset `offset` that has added `moved` to RSP; T is its target.
+    pub(super) fn leave_block(&mut self, offset: u16, moved: i32) {
+        let branch = branch_word(offset, moved);
+        if self.ctx.pairs_calls() {
+            self.a.mov_imm(I, u64::from(branch));
+            self.a.bytes(&[0xc3]);
+        } else {
+            self.jump_t(branch);
+        }
+    }
+
     pub(super) fn ret(&mut self, op: &Op, release: u16) {
         let (size, n) = self.branch_size();
         self.save_flags(op.live_before);
@@ -315,13 +326,7 @@ impl Tx<'_> {
         self.a.load(size, T, Mem::Sib(Some(I), Some((T, 0)), 0));
         let moved = n + i32::from(release);
         self.move_stack(moved);
-        let branch = branch_word(op.off, moved);
-        if self.ctx.pairs_calls() {
-            self.a.mov_imm(I, u64::from(branch));
-            self.a.bytes(&[0xc3]);
-        } else {
-            self.jump_t(branch);
-        }
+        self.leave_block(op.off, moved);
         self.resume_miss([miss], op);
     }
 }

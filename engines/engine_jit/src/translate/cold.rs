@@ -43,6 +43,15 @@ pub(super) enum Cold {
         flags: Flags,
         resume: usize,
     },
+    /// Pushes or pops that do not lie in one page that the TLB knows: jump to bind, page offset of the first,
+    /// how many, where the flags are, where to go on.
+    OneByOne {
+        jump: usize,
+        offset: u16,
+        count: usize,
+        flags: Flags,
+        resume: usize,
+    },
     /// The attention flag is up at a direct call: jump to bind, page offset of the target, where its
     /// return lands.
     CallPoll {
@@ -284,6 +293,24 @@ impl Tx<'_> {
                 }
                 self.flags = flags;
                 self.pages(offset, strings, resume);
+            }
+            Cold::OneByOne {
+                jump,
+                offset,
+                count,
+                flags,
+                resume,
+            } => {
+                self.a.bind(jump);
+                self.flags = flags;
+                let block = self.block;
+                let ops = block.ops.iter().skip_while(|o| o.off != offset);
+                for op in ops.take(count) {
+                    self.map.push((self.a.here() as u32, op.off));
+                    self.op(op);
+                }
+                let pos = self.a.jmp();
+                self.a.bind_to(pos, resume);
             }
             Cold::Full { jump, resume } => {
                 self.a.bind(jump);

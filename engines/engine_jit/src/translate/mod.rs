@@ -122,9 +122,17 @@ pub fn translate(block: &Decoded, ctx: Context, stubs: &Stubs, base: u64, bmi2: 
     } else {
         direct
     };
-    for op in &block.ops {
+    let mut ops = &block.ops[..];
+    while let Some((op, rest)) = ops.split_first() {
         x.map.push((x.a.here() as u32, op.off));
-        x.op(op);
+        let run = x.stack_run(ops);
+        if run > 1 {
+            x.stack_group(&ops[..run]);
+            ops = &ops[run..];
+        } else {
+            x.op(op);
+            ops = rest;
+        }
     }
     if !block.closed {
         let live = block.ops.last().map_or(ARITH, |o| o.live_after);

@@ -2,6 +2,9 @@
 
 use super::*;
 
+/// The most pushes or pops that share a probe.
+const MAX_RUN: usize = 8;
+
 impl Tx<'_> {
     /// Operand size of PUSH and POP.
     pub(super) fn stack_size(insn: &Instruction) -> (Size, i32) {
@@ -37,6 +40,91 @@ impl Tx<'_> {
             self.a.lea32(I, at(GUEST_RSP, disp));
             self.a.op_reg(Size::W, &[0x89], I, GUEST_RSP);
         }
+    }
+
+    /// How many instructions at the start of `ops` push or pop registers one after another; pops may end with
+    /// a return. At most [`MAX_RUN`].
+    pub(super) fn stack_run(&self, ops: &[Op]) -> usize {
+        if !self.long() {
+            return 0;
+        }
+        let plain = |o: &Op| {
+            let whole = Self::stack_size(&o.insn).0 == Size::Q;
+            let register = o.insn.op0_kind() == OpKind::Register;
+            let rsp = register && o.insn.op0_register() == Register::RSP;
+            whole
+                && !rsp
+                && (register || o.kind == Kind::Push && o.insn.op0_kind() != OpKind::Memory)
+        };
+        let first = ops.first().map(|o| o.kind);
+        let count = |kind: Kind| {
+            let same = |o: &&Op| o.kind == kind && plain(o);
+            ops.iter().take(MAX_RUN).take_while(same).count()
+        };
+        match first {
+            Some(Kind::Push) => count(Kind::Push),
+            Some(Kind::Pop) => {
+                let pops = count(Kind::Pop);
+                let returns = matches!(ops.get(pops).map(|o| o.kind), Some(Kind::Ret(_)));
+                pops + usize::from(returns && pops > 0 && pops < MAX_RUN)
+            }
+            _ => 0,
+        }
+    }
+
+    /// Pushes or pops of a [`Tx::stack_run`] with one probe. Nothing has changed if it fails: then they are
+    /// done one by one, behind the block.
+    pub(super) fn stack_group(&mut self, ops: &[Op]) {
+        let (Some(first), Some(last)) = (ops.first(), ops.last()) else {
+            return;
+        };
+        let write = first.kind == Kind::Push;
+        let bytes = 8 * ops.len() as i32;
+        self.save_flags(first.live_before);
+        let flags = self.flags;
+        let retry = self.a.here();
+        self.a.lea(T, at(GUEST_RSP, if write { -bytes } else { 0 }));
+        let jump = self.probe(bytes as usize, write, retry, first).jump;
+        self.a.lea(I, Mem::Sib(Some(I), Some((T, 0)), 0));
+        let mut moved = if write { -bytes } else { bytes };
+        for (i, op) in ops.iter().enumerate() {
+            let i = i as i32;
+            let place = at(I, if write { bytes - 8 - 8 * i } else { 8 * i });
+            let slot =
+                (op.insn.op0_kind() == OpKind::Register).then(|| number(op.insn.op0_register()));
+            match (op.kind, slot.map(|n| (host(n), n))) {
+                (Kind::Ret(release), _) => {
+                    self.a.load(Size::Q, T, place);
+                    moved += i32::from(release);
+                }
+                (Kind::Push, Some((Some(h), _))) => self.a.store(Size::Q, place, h),
+                (Kind::Push, Some((None, n))) => {
+                    self.a.load(Size::Q, T, Mem::Gs(gpr_slot(n)));
+                    self.a.store(Size::Q, place, T);
+                }
+                (Kind::Push, None) => {
+                    let imm = op.insn.immediate(0) as i32;
+                    self.a.store_imm(Size::Q, place, imm);
+                }
+                (_, Some((Some(h), _))) => self.a.load(Size::Q, h, place),
+                (_, Some((None, n))) => {
+                    self.a.load(Size::Q, T, place);
+                    self.a.store(Size::Q, Mem::Gs(gpr_slot(n)), T);
+                }
+                (_, None) => {}
+            }
+        }
+        self.move_stack(moved);
+        if let Kind::Ret(release) = last.kind {
+            self.leave_block(last.off, 8 + i32::from(release));
+        }
+        self.cold.push(Cold::OneByOne {
+            jump,
+            offset: first.off,
+            count: ops.len(),
+            flags,
+            resume: self.a.here(),
+        });
     }
 
     pub(super) fn push(&mut self, op: &Op) {

@@ -479,3 +479,93 @@ fn a_return_to_no_address() {
         assert_eq!(m.vectors(), [(13, 0), (13, 0)]);
     });
 }
+
+#[test]
+fn pushes_and_pops_over_pages() {
+    // Runs of pushes and pops that cross pages, and ones that fault in the middle: what was done before
+    // stays done.
+    each(|engine| {
+        let m = Machine::new(engine);
+        let t = m.tables(Paging::Long);
+        m.fill(&t, Paging::Long);
+        // Two pages, in another order than their memory; nothing around them.
+        for i in 0..2 {
+            t.map(VA + 0x1000 * i, DATA + 0x1000 * (1 - i), P | W | U | A | D);
+        }
+        let out = SECOND + 0x2000;
+        m.load(ENTRY, 64, |a| {
+            call_user(a, SECOND, VA + 0x1018, 2);
+            for i in 0..12 {
+                asm!(a; mov(eax, dword_ptr(out + 4 * i)););
+                report(a);
+            }
+            end(a);
+        });
+        m.load(SECOND, 64, |a| {
+            let mut f = a.create_label();
+            let mut over = a.create_label();
+            asm!(a; mov(eax, 1); mov(ebx, 2); mov(r13d, 3); mov(r14d, 4); mov(ebp, 5); mov(r12, out););
+            let store = |a: &mut CodeAssembler| {
+                asm!(a; mov(dword_ptr(r12), eax); add(r12, 4););
+            };
+            for _ in 0..2 {
+                // Across the page and back, with a return at the end.
+                asm!(a; call(f););
+                store(a);
+                asm!(a; lea(eax, ptr(rsp - (VA as i32))););
+                store(a);
+                asm!(a; mov(eax, 1););
+            }
+            asm!(a; jmp(over);
+                set_label(&mut f);
+                push(rax);
+                push(rbx);
+                push(r13);
+                push(0x66);
+                push(r14);
+                mov(ebx, 0);
+                mov(r13d, 0);
+                mov(r14d, 0);
+                pop(rax);
+                pop(r14);
+                pop(r13);
+                pop(rbx);
+                pop(rcx);
+                ret();
+                set_label(&mut over);
+                xchg(eax, r14d);
+            );
+            store(a);
+            asm!(a; mov(eax, ebx); shl(eax, 8); or(eax, r13d););
+            store(a);
+            // The third of these has no page.
+            asm!(a; mov(rsp, VA + 0x10););
+            attempt(a, |a| asm!(a; push(rax); push(rbx); push(r13); push(rcx); ));
+            asm!(a; lea(eax, ptr(rsp - (VA as i32))););
+            store(a);
+            asm!(a; mov(eax, dword_ptr(VA)););
+            store(a);
+            // Neither has the second of these.
+            asm!(a; mov(rsp, VA + 0x1ff8); mov(ebx, 0x99););
+            asm!(a; mov(dword_ptr(rsp), 0x42););
+            attempt(a, |a| asm!(a; pop(rbx); pop(r13); ret(); ));
+            asm!(a; mov(eax, ebx););
+            store(a);
+            asm!(a; mov(eax, r13d););
+            store(a);
+            asm!(a; lea(eax, ptr(rsp - (VA as i32))););
+            store(a);
+            asm!(a; int(0x80););
+        });
+        let mut v = m.long(0, ENTRY);
+        let got = m.finish(&mut v);
+        assert_eq!(
+            got,
+            [
+                4, 0x1018, 0x66, 0x1018, 0x66, 0x203, 0, 2, 0x42, 3, 0x2000, 0
+            ]
+        );
+        let faults: Vec<_> = m.faults().iter().map(|f| (f.cr2, f.rsp)).collect();
+        assert_eq!(faults, [(VA - 8, VA), (VA + 0x2000, VA + 0x2000)]);
+    });
+}
