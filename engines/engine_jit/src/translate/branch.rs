@@ -320,13 +320,18 @@ impl Tx<'_> {
     pub(super) fn ret(&mut self, op: &Op, release: u16) {
         let (size, n) = self.branch_size();
         self.save_flags(op.live_before);
-        let retry = self.a.here();
-        self.stack_address(0, n);
-        let miss = self.probe(n as usize, false, retry, op);
-        self.a.load(size, T, Mem::Sib(Some(I), Some((T, 0)), 0));
+        let mut miss = None;
+        if let Some(place) = self.in_group(0) {
+            self.a.load(size, T, at(I, place));
+        } else {
+            let retry = self.a.here();
+            self.stack_address(0, n);
+            miss = Some(self.probe(n as usize, false, retry, op));
+            self.a.load(size, T, Mem::Sib(Some(I), Some((T, 0)), 0));
+        }
         let moved = n + i32::from(release);
         self.move_stack(moved);
         self.leave_block(op.off, moved);
-        self.resume_miss([miss], op);
+        self.resume_miss(miss, op);
     }
 }

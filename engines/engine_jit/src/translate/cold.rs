@@ -12,6 +12,8 @@ pub(super) enum Cold {
         resume: usize,
         reload: bool,
     },
+    /// The probe of a group of accesses failed.
+    Group(GroupMiss),
     /// A direct jump that is not linked: the jump's displacement, page offset of the target,
     /// whether EFLAGS must be saved.
     Link {
@@ -40,15 +42,6 @@ pub(super) enum Cold {
         jumps: Vec<usize>,
         offset: u16,
         strings: Strings,
-        flags: Flags,
-        resume: usize,
-    },
-    /// Pushes or pops that do not lie in one page that the TLB knows: jump to bind, page offset of the first,
-    /// how many, where the flags are, where to go on.
-    OneByOne {
-        jump: usize,
-        offset: u16,
-        count: usize,
         flags: Flags,
         resume: usize,
     },
@@ -100,6 +93,22 @@ pub(super) struct PendingMiss {
     pub(super) bounce: Bounce,
     /// Where the flags are behind the probe.
     pub(super) flags: Flags,
+}
+
+/// A group whose copy is not emitted yet.
+pub(super) struct GroupMiss {
+    pub(super) jump: usize,
+    pub(super) tag: i32,
+    pub(super) retry: usize,
+    /// Bytes that the probe covers.
+    pub(super) span: usize,
+    pub(super) write: bool,
+    pub(super) ops: std::ops::Range<usize>,
+    /// Where the flags are before the group, and behind it.
+    pub(super) before: Flags,
+    pub(super) after: Flags,
+    pub(super) live_after: u32,
+    pub(super) resume: usize,
 }
 
 impl Tx<'_> {
@@ -197,6 +206,7 @@ impl Tx<'_> {
 
     pub(super) fn emit_one(&mut self, c: Cold) {
         match c {
+            Cold::Group(m) => self.emit_group_miss(m),
             Cold::Miss {
                 miss,
                 op,
@@ -293,24 +303,6 @@ impl Tx<'_> {
                 }
                 self.flags = flags;
                 self.pages(offset, strings, resume);
-            }
-            Cold::OneByOne {
-                jump,
-                offset,
-                count,
-                flags,
-                resume,
-            } => {
-                self.a.bind(jump);
-                self.flags = flags;
-                let block = self.block;
-                let ops = block.ops.iter().skip_while(|o| o.off != offset);
-                for op in ops.take(count) {
-                    self.map.push((self.a.here() as u32, op.off));
-                    self.op(op);
-                }
-                let pos = self.a.jmp();
-                self.a.bind_to(pos, resume);
             }
             Cold::Full { jump, resume } => {
                 self.a.bind(jump);

@@ -233,6 +233,10 @@ impl Tx<'_> {
             return self.interpret(op);
         };
         if o.memory {
+            let disp = i64::from(op.insn.memory_displacement64() as i64 as i32);
+            if let Some(place) = self.in_group(disp) {
+                return self.grouped(op, &o, place);
+            }
             self.save_flags(op.live_before);
             let retry = self.a.here();
             let size = access_size(&op.insn);
@@ -308,7 +312,9 @@ impl Tx<'_> {
         let n = enc.emit(&mut out).unwrap_or(0);
         debug_assert!(n != 0);
         self.a.bytes(&out[..n]);
-        if let Some((off, len)) = immediate(op) {
+        if let Some((off, len)) = immediate(op)
+            && !self.fixed.contains(&op.off)
+        {
             let host = self.a.here() as u32 - u32::from(len);
             self.imms.push(Imm { off, len, host });
         }

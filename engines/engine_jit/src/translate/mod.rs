@@ -13,6 +13,7 @@
 
 mod branch;
 mod cold;
+mod group;
 mod memory;
 mod stack;
 mod strings;
@@ -92,6 +93,10 @@ struct Tx<'a> {
     imms: Vec<Imm>,
     /// Jumps taken when an address lies beyond its segment's limit.
     beyond: Vec<usize>,
+    /// The group of accesses that is being emitted.
+    group: Option<group::Group>,
+    /// Instructions whose immediates are built into others.
+    fixed: Vec<u16>,
 }
 
 /// Translates `block` to code that will execute at `base`.
@@ -108,6 +113,8 @@ pub fn translate(block: &Decoded, ctx: Context, stubs: &Stubs, base: u64, bmi2: 
         map: Vec::with_capacity(2 * block.ops.len()),
         imms: Vec::new(),
         beyond: Vec::new(),
+        group: None,
+        fixed: Vec::new(),
     };
     // Indirect entry: T is the linear address, the flags are in memory.
     x.a.alu_imm(Size::Q, 4, T, -4096);
@@ -122,17 +129,15 @@ pub fn translate(block: &Decoded, ctx: Context, stubs: &Stubs, base: u64, bmi2: 
     } else {
         direct
     };
-    let mut ops = &block.ops[..];
-    while let Some((op, rest)) = ops.split_first() {
-        x.map.push((x.a.here() as u32, op.off));
-        let run = x.stack_run(ops);
-        if run > 1 {
-            x.stack_group(&ops[..run]);
-            ops = &ops[run..];
-        } else {
-            x.op(op);
-            ops = rest;
+    let mut next = 0;
+    while let Some(op) = block.ops.get(next) {
+        if let Some(plan) = x.plan(next) {
+            next = x.emit_group(next, &plan);
+            continue;
         }
+        x.map.push((x.a.here() as u32, op.off));
+        x.op(op);
+        next += 1;
     }
     if !block.closed {
         let live = block.ops.last().map_or(ARITH, |o| o.live_after);

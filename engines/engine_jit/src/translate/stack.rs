@@ -2,9 +2,6 @@
 
 use super::*;
 
-/// The most pushes or pops that share a probe.
-const MAX_RUN: usize = 8;
-
 impl Tx<'_> {
     /// Operand size of PUSH and POP.
     pub(super) fn stack_size(insn: &Instruction) -> (Size, i32) {
@@ -42,94 +39,12 @@ impl Tx<'_> {
         }
     }
 
-    /// How many instructions at the start of `ops` push or pop registers one after another; pops may end with
-    /// a return. At most [`MAX_RUN`].
-    pub(super) fn stack_run(&self, ops: &[Op]) -> usize {
-        if !self.long() {
-            return 0;
-        }
-        let plain = |o: &Op| {
-            let whole = Self::stack_size(&o.insn).0 == Size::Q;
-            let register = o.insn.op0_kind() == OpKind::Register;
-            let rsp = register && o.insn.op0_register() == Register::RSP;
-            whole
-                && !rsp
-                && (register || o.kind == Kind::Push && o.insn.op0_kind() != OpKind::Memory)
-        };
-        let first = ops.first().map(|o| o.kind);
-        let count = |kind: Kind| {
-            let same = |o: &&Op| o.kind == kind && plain(o);
-            ops.iter().take(MAX_RUN).take_while(same).count()
-        };
-        match first {
-            Some(Kind::Push) => count(Kind::Push),
-            Some(Kind::Pop) => {
-                let pops = count(Kind::Pop);
-                let returns = matches!(ops.get(pops).map(|o| o.kind), Some(Kind::Ret(_)));
-                pops + usize::from(returns && pops > 0 && pops < MAX_RUN)
-            }
-            _ => 0,
-        }
-    }
-
-    /// Pushes or pops of a [`Tx::stack_run`] with one probe. Nothing has changed if it fails: then they are
-    /// done one by one, behind the block.
-    pub(super) fn stack_group(&mut self, ops: &[Op]) {
-        let (Some(first), Some(last)) = (ops.first(), ops.last()) else {
-            return;
-        };
-        let write = first.kind == Kind::Push;
-        let bytes = 8 * ops.len() as i32;
-        self.save_flags(first.live_before);
-        let flags = self.flags;
-        let retry = self.a.here();
-        self.a.lea(T, at(GUEST_RSP, if write { -bytes } else { 0 }));
-        let jump = self.probe(bytes as usize, write, retry, first).jump;
-        self.a.lea(I, Mem::Sib(Some(I), Some((T, 0)), 0));
-        let mut moved = if write { -bytes } else { bytes };
-        for (i, op) in ops.iter().enumerate() {
-            let i = i as i32;
-            let place = at(I, if write { bytes - 8 - 8 * i } else { 8 * i });
-            let slot =
-                (op.insn.op0_kind() == OpKind::Register).then(|| number(op.insn.op0_register()));
-            match (op.kind, slot.map(|n| (host(n), n))) {
-                (Kind::Ret(release), _) => {
-                    self.a.load(Size::Q, T, place);
-                    moved += i32::from(release);
-                }
-                (Kind::Push, Some((Some(h), _))) => self.a.store(Size::Q, place, h),
-                (Kind::Push, Some((None, n))) => {
-                    self.a.load(Size::Q, T, Mem::Gs(gpr_slot(n)));
-                    self.a.store(Size::Q, place, T);
-                }
-                (Kind::Push, None) => {
-                    let imm = op.insn.immediate(0) as i32;
-                    self.a.store_imm(Size::Q, place, imm);
-                }
-                (_, Some((Some(h), _))) => self.a.load(Size::Q, h, place),
-                (_, Some((None, n))) => {
-                    self.a.load(Size::Q, T, place);
-                    self.a.store(Size::Q, Mem::Gs(gpr_slot(n)), T);
-                }
-                (_, None) => {}
-            }
-        }
-        self.move_stack(moved);
-        if let Kind::Ret(release) = last.kind {
-            self.leave_block(last.off, 8 + i32::from(release));
-        }
-        self.cold.push(Cold::OneByOne {
-            jump,
-            offset: first.off,
-            count: ops.len(),
-            flags,
-            resume: self.a.here(),
-        });
-    }
-
     pub(super) fn push(&mut self, op: &Op) {
         let insn = &op.insn;
         let (size, n) = Self::stack_size(insn);
+        if let Some(place) = self.in_group(-8) {
+            return self.push_grouped(op, place);
+        }
         self.save_flags(op.live_before);
         let mut misses = Vec::new();
         if insn.op0_kind() == OpKind::Memory {
@@ -170,8 +85,34 @@ impl Tx<'_> {
         self.resume_miss(misses, op);
     }
 
+    /// PUSH of a register or an immediate, to `place` bytes from I.
+    fn push_grouped(&mut self, op: &Op, place: i32) {
+        let to = at(I, place);
+        if op.insn.op0_kind() == OpKind::Register {
+            let guest = number(op.insn.op0_register());
+            let from = host(guest).unwrap_or(T);
+            if from == T {
+                self.a.load(Size::Q, T, Mem::Gs(gpr_slot(guest)));
+            }
+            self.a.store(Size::Q, to, from);
+        } else {
+            self.a.store_imm(Size::Q, to, op.insn.immediate(0) as i32);
+        }
+        self.move_stack(-8);
+    }
+
     pub(super) fn pop(&mut self, op: &Op) {
         let (size, n) = Self::stack_size(&op.insn);
+        if let Some(place) = self.in_group(0) {
+            let guest = number(op.insn.op0_register());
+            let to = host(guest).unwrap_or(T);
+            self.a.load(Size::Q, to, at(I, place));
+            if to == T {
+                self.a.store(Size::Q, Mem::Gs(gpr_slot(guest)), T);
+            }
+            self.move_stack(8);
+            return;
+        }
         self.save_flags(op.live_before);
         let retry = self.a.here();
         self.stack_address(0, n);
