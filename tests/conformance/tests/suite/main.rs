@@ -4,6 +4,7 @@
 mod calls;
 mod code;
 mod exceptions;
+mod groups;
 mod interrupts;
 mod memslots;
 mod modes;
