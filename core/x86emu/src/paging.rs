@@ -98,15 +98,29 @@ pub struct Leaf {
     pub user: bool,
 }
 
-const P: u64 = 1;
-const RW: u64 = 1 << 1;
-const US: u64 = 1 << 2;
-const A: u64 = 1 << 5;
-const D: u64 = 1 << 6;
-const PS: u64 = 1 << 7;
-const G: u64 = 1 << 8;
-const NX: u64 = 1 << 63;
-const ADDR: u64 = 0x000f_ffff_ffff_f000;
+/// Bits of a page-table entry (Intel SDM, "4-Level Paging").
+pub mod entry {
+    /// Present.
+    pub const P: u64 = 1;
+    /// Writable.
+    pub const RW: u64 = 1 << 1;
+    /// Accessible at CPL 3.
+    pub const US: u64 = 1 << 2;
+    /// Accessed.
+    pub const A: u64 = 1 << 5;
+    /// Dirty.
+    pub const D: u64 = 1 << 6;
+    /// A page, not a table.
+    pub const PS: u64 = 1 << 7;
+    /// Global.
+    pub const G: u64 = 1 << 8;
+    /// Not executable.
+    pub const NX: u64 = 1 << 63;
+    /// Guest-physical address of the page or table.
+    pub const ADDR: u64 = 0x000f_ffff_ffff_f000;
+}
+
+use entry::*;
 
 const ERR_P: u32 = 1;
 const ERR_W: u32 = 2;

@@ -12,6 +12,17 @@ pub fn save(a: &mut Asm) {
     a.mov(reg::RAX, T);
 }
 
+/// The carry flag to memory, where [`save`] puts it. Clobbers nothing.
+pub fn save_carry(a: &mut Asm) {
+    a.op_mem(Size::D, &[0x0f, 0x92], 0, Mem::Gs(off::FLAGS + 1)); // setc
+}
+
+/// The carry flag from memory, where it is lost, as are the other arithmetic flags. One byte is loaded, as one
+/// may have been stored: a wider load would have to wait.
+pub fn restore_carry(a: &mut Asm) {
+    a.op_mem(Size::D, &[0xd0], 1, Mem::Gs(off::FLAGS + 1)); // ror
+}
+
 /// Memory to EFLAGS. Clobbers T.
 pub fn restore(a: &mut Asm) {
     a.mov(T, reg::RAX);

@@ -108,6 +108,8 @@ pub struct VcpuMem {
     pub runner: u64,
     /// The indirect branch that led to the dispatcher, see [`branch_word`]; zero if it was direct.
     pub branch: u32,
+    /// A native REP MOVS or STOS is under way, 0 when none: see [`repeat`].
+    pub repeat: u32,
     /// Spill slots of emitted code.
     pub spill: [u64; 4],
     /// Spill slots of the page-crossing stubs.
@@ -164,6 +166,7 @@ offsets! {
     THIS = this;
     CODE_MAP = code_map;
     SPILL = spill;
+    REPEAT = repeat;
     CROSS_SPILL = cross_spill;
     CROSS_OFFSET = cross_offset;
     CROSS_PAGES = cross_pages;
@@ -178,6 +181,19 @@ offsets! {
     SHADOW_RSP = caches.shadow.rsp;
     SHADOW_BASE = caches.shadow.base;
     SHADOW_LIMIT = caches.shadow.limit;
+}
+
+/// Bits of [`VcpuMem::repeat`]. While it runs, RSI and RDI are host addresses, RCX counts what is left in the
+/// page, T is the guest's RDI at its end, and `spill[2]` the guest's RSI there.
+pub mod repeat {
+    /// Always set.
+    pub const ON: u32 = 1;
+    /// MOVS: RSI moves too.
+    pub const SOURCE: u32 = 2;
+    /// There are more pages: `spill[0]` counts what is left behind this one.
+    pub const PAGES: u32 = 4;
+    /// log2 of the element's size, from this bit on.
+    pub const SHIFT: u32 = 3;
 }
 
 /// `gs` displacement of a general register's slot.
@@ -274,6 +290,25 @@ impl JumpEntry {
 }
 
 impl VcpuMem {
+    /// After a host fault in a native REP MOVS or STOS: the guest's registers, as they are before the element
+    /// that faulted.
+    pub fn undo_repeat(&mut self) {
+        use x86emu::state::gpr::{RCX, RDI, RSI};
+        let word = std::mem::take(&mut self.repeat);
+        if word == 0 {
+            return;
+        }
+        let gpr = &mut self.cpu.gpr;
+        let left = gpr[RCX] << (word >> repeat::SHIFT & 3);
+        gpr[RDI] = self.t.wrapping_sub(left);
+        if word & repeat::SOURCE != 0 {
+            gpr[RSI] = self.spill[2].wrapping_sub(left);
+        }
+        if word & repeat::PAGES != 0 {
+            gpr[RCX] = gpr[RCX].wrapping_add(self.spill[0]);
+        }
+    }
+
     /// RFLAGS with the arithmetic flags put back in.
     pub fn compose_flags(&mut self) {
         let f = u64::from(self.flags);

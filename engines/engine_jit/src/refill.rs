@@ -17,21 +17,13 @@ use std::mem::offset_of;
 use x86defs::{cr0, cr4, efer};
 use x86emu::env::RamRange;
 use x86emu::paging::Mapping;
+use x86emu::paging::entry::{A, ADDR, D, G, NX, P, RW, US};
 use x86emu::state::CpuState;
 
 /// Regions per TLB; a power of two.
 pub const REGIONS: usize = 256;
 /// log2 of a region's size.
 const REGION_SHIFT: u32 = 21;
-
-const P: u64 = 1;
-const RW: u64 = 1 << 1;
-const US: u64 = 1 << 2;
-const A: u64 = 1 << 5;
-const D: u64 = 1 << 6;
-const G: u64 = 1 << 8;
-const NX: u64 = 1 << 63;
-const ADDR: u64 = 0x000f_ffff_ffff_f000;
 
 /// What is known of 2 MiB of linear addresses.
 #[derive(Clone, Copy, Debug, Default)]

@@ -1,16 +1,14 @@
-//! Running: the dispatch loop, and the helpers that translated code calls.
-//!
-//! A helper is called with the guest's registers saved in [`VcpuMem`]. It returns the host address
-//! where translated code goes on, or 0 to come back to [`Runner::run`].
+//! Running: the dispatch loop, and what the helpers that translated code calls are made of.
 #![expect(unsafe_code, reason = "enters emitted code, and is entered by it")]
+
+mod helpers;
 
 use crate::context::Context;
 use crate::env::{JitEnv, Written};
 use crate::frontend;
-use crate::layout::{VcpuMem, branch_of, jump_index};
+use crate::layout::VcpuMem;
 use crate::recent::Recent;
 use crate::stats::Stats;
-use crate::stubs::Helpers;
 use crate::translate::{meta, translate};
 use crate::world::{PAGE_CODE, PAGE_WRITTEN, VcpuBox, World};
 use crate::{cache, perf, signal};
@@ -21,17 +19,7 @@ use x86emu::event::{self, Event};
 use x86emu::paging::{self, Access};
 use x86emu::state::{CodeSize, sreg};
 
-/// The helpers' addresses.
-pub const HELPERS: Helpers = Helpers {
-    link: helper_link,
-    jump: helper_jump,
-    memory: helper_memory,
-    interpret: helper_interpret,
-    poll: helper_poll,
-    dead: helper_dead,
-    fault: helper_fault,
-    wrote: helper_wrote,
-};
+pub use helpers::HELPERS;
 
 /// How often a block's bytes are read until they hold still.
 const MAX_READS: usize = 100;
@@ -812,188 +800,6 @@ impl<'a> Runner<'a> {
             self.world.stubs.wrote_back
         } else {
             ret
-        }
-    }
-}
-
-/// The runner that emitted code belongs to.
-///
-/// # Safety
-/// Called from a helper, that is within `enter`, where `Runner::run` has stored it.
-unsafe fn runner<'a>(vm: *mut VcpuMem) -> &'a mut Runner<'a> {
-    // SAFETY: see above; `run` makes no use of its own reference while `enter` is on the stack.
-    unsafe { &mut *((*vm).runner as *mut Runner<'a>) }
-}
-
-/// The word at `p`.
-///
-/// # Safety
-/// `p` points at inline data behind a stub call.
-unsafe fn word(p: *const u8) -> u32 {
-    // SAFETY: emitted there by `translate`.
-    unsafe { p.cast::<u32>().read_unaligned() }
-}
-
-/// An address relative to the word at `p` that holds the distance.
-///
-/// # Safety
-/// As for [`word`].
-unsafe fn relative(p: *const u8) -> u64 {
-    // SAFETY: the caller's promise.
-    let d = unsafe { word(p) } as i32;
-    (p as u64).wrapping_add(i64::from(d) as u64)
-}
-
-extern "sysv64" fn helper_interpret(vm: *mut VcpuMem, ret: *const u8) -> u64 {
-    // SAFETY: called by the stub with its contract.
-    unsafe {
-        let bytes = std::slice::from_raw_parts(ret.add(4), usize::from(*ret.add(19)).min(15));
-        runner(vm).interpret(word(ret), bytes, ret as u64 + 20)
-    }
-}
-
-extern "sysv64" fn helper_memory(vm: *mut VcpuMem, ret: *const u8) -> u64 {
-    // SAFETY: called by the stub with its contract.
-    let (r, w, retry) = unsafe { (runner(vm), word(ret), relative(ret.add(4))) };
-    let epoch = r.epoch();
-    let gva = r.vm.t;
-    if r.fill_access(gva, w) && r.epoch() == epoch {
-        if w & meta::FPU == 0 {
-            r.vm.fpu_reload = 0;
-        }
-        return retry;
-    }
-    r.interpret(w, &[], ret as u64 + 8)
-}
-
-extern "sysv64" fn helper_link(vm: *mut VcpuMem, ret: *const u8) -> u64 {
-    // SAFETY: called by the stub with its contract.
-    let (r, w) = unsafe { (runner(vm), word(ret)) };
-    // SAFETY: as above: where the displacement is, and where it leads now.
-    let (site, exit) = unsafe { (relative(ret.add(4)), relative(ret.add(8))) };
-    r.stats.links += 1;
-    let ctx = Context(r.vm.ctx);
-    let offset = w & 0xfff;
-    r.sync(offset);
-    let world = r.world;
-    let Some(mut cache) = world.cache(r.me) else {
-        r.exit = Some(Exit::Interrupted);
-        return 0;
-    };
-    let source = cache.index_at(ret as u64);
-    let live = |b: &&cache::Block| !b.dead;
-    if let Some(source) = source
-        && let Some(page) = cache.get(source).filter(live).map(|b| b.phys & !0xfff)
-    {
-        let epoch = world.epoch();
-        let fpu = w & meta::FPU != 0;
-        let found = r.block_in(&mut cache, page | u64::from(offset), None, ctx, |b| {
-            let entry = match (w & meta::LANDS != 0, fpu && b.fpu) {
-                (true, _) => b.indirect,
-                (false, true) => b.direct_fpu,
-                (false, false) => b.direct,
-            };
-            (entry, b.indirect)
-        });
-        let (target, indirect) = match found {
-            Ok(found) => found,
-            Err(NoBlock::Leave) => return 0,
-            Err(NoBlock::NeedsSecond) => {
-                drop(cache);
-                return r.dispatch();
-            }
-        };
-        if world.epoch() == epoch {
-            let to = (page | u64::from(offset), ctx.0);
-            cache.link(source, site, exit, target, to);
-            drop(cache);
-            if r.interrupted().is_none() {
-                r.vm.t = r.linear_pc();
-                r.vm.fpu_reload = 0;
-                r.vm.split_flags();
-                return indirect;
-            }
-            return r.dispatch();
-        }
-    }
-    drop(cache);
-    r.dispatch()
-}
-
-extern "sysv64" fn helper_jump(vm: *mut VcpuMem, _: *const u8) -> u64 {
-    // SAFETY: called by the stub with its contract.
-    let r = unsafe { runner(vm) };
-    r.stats.jumps += 1;
-    let branch = std::mem::take(&mut r.vm.branch);
-    if branch != 0
-        && Context(r.vm.ctx).code_size() == CodeSize::Bits64
-        && !paging::canonical(&r.vm.cpu, r.vm.t)
-    {
-        // The branch itself is #GP: undone and left to the interpreter.
-        let (offset, moved) = branch_of(branch);
-        let rsp = &mut r.vm.cpu.gpr[x86emu::state::gpr::RSP];
-        *rsp = rsp.wrapping_sub(i64::from(moved) as u64);
-        r.sync(offset);
-        return match r.step() {
-            Stepped::Retired | Stepped::Redirected => r.dispatch(),
-            Stepped::Exit(exit) => {
-                r.exit = Some(exit);
-                0
-            }
-        };
-    }
-    r.sync_linear(r.vm.t);
-    debug_assert!(jump_index(r.vm.t) < crate::layout::JUMP_ENTRIES);
-    r.find()
-}
-
-extern "sysv64" fn helper_poll(vm: *mut VcpuMem, ret: *const u8) -> u64 {
-    // SAFETY: called by the stub with its contract.
-    let (r, w) = unsafe { (runner(vm), word(ret)) };
-    r.sync(w & 0xfff);
-    r.dispatch()
-}
-
-extern "sysv64" fn helper_dead(vm: *mut VcpuMem, ret: *const u8) -> u64 {
-    // SAFETY: called by the stub with its contract. The entry was an instruction of eight bytes, of which
-    // the call took five.
-    let (r, offset) = unsafe { (runner(vm), ret.cast::<u16>().read_unaligned()) };
-    r.sync(u32::from(offset));
-    r.dispatch()
-}
-
-extern "sysv64" fn helper_wrote(vm: *mut VcpuMem, ret: *const u8) -> u64 {
-    // SAFETY: called by the stub with its contract.
-    unsafe { runner(vm).wrote(ret as u64) }
-}
-
-extern "sysv64" fn helper_fault(vm: *mut VcpuMem, _: *const u8) -> u64 {
-    // SAFETY: called by the stub with its contract.
-    let r = unsafe { runner(vm) };
-    let pc = std::mem::take(&mut r.vm.fault_pc);
-    let offset = {
-        let Some(cache) = r.world.cache(r.me) else {
-            // The instruction has not executed; it is found again when its code is.
-            r.exit = Some(Exit::InternalError);
-            return 0;
-        };
-        cache.block_at(pc).and_then(|b| {
-            let at = (pc - b.indirect) as u32;
-            let i = b.map.partition_point(|m| m.0 <= at).checked_sub(1)?;
-            Some(u32::from(b.map[i].1))
-        })
-    };
-    let Some(offset) = offset else {
-        log::error!("engine_jit: host fault at {pc:#x}, which is no translated instruction");
-        r.exit = Some(Exit::InternalError);
-        return 0;
-    };
-    r.sync(offset);
-    match r.step() {
-        Stepped::Retired | Stepped::Redirected => r.dispatch(),
-        Stepped::Exit(exit) => {
-            r.exit = Some(exit);
-            0
         }
     }
 }

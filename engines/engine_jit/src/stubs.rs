@@ -253,11 +253,15 @@ pub fn emit(a: &mut Asm, helpers: &Helpers, avx: bool) -> Stubs {
 /// How many outer calls a return may skip (an exception, a `longjmp`) to be found.
 const SEARCH: i32 = 20;
 
-/// I = offset of T in a first-level jump cache.
-fn jump_offset(a: &mut Asm) {
-    a.mov(I, T);
-    a.op_reg(Size::Q, &[0xc1], 1, I); // ror
-    a.bytes(&[12]);
+/// I = offset of T in a first-level jump cache. `bmi2`: the host has RORX.
+pub fn jump_offset(a: &mut Asm, bmi2: bool) {
+    if bmi2 {
+        a.rorx(I, T, 12);
+    } else {
+        a.mov(I, T);
+        a.op_reg(Size::Q, &[0xc1], 1, I); // ror
+        a.bytes(&[12]);
+    }
     a.op_reg(Size::D, &[0x31], T, I); // xor
     a.alu_imm(Size::D, 4, I, (JUMP_ENTRIES - 1) as i32);
     a.op_reg(Size::D, &[0xc1], 4, I); // shl
@@ -270,7 +274,7 @@ fn lookup(a: &mut Asm, which: usize, miss: u64) {
     a.store(Size::D, Mem::Gs(off::BRANCH), I);
     a.cmp_mem_imm8(Size::D, Mem::Gs(off::ATTENTION), 0);
     a.jcc_to(cc::NE, miss);
-    jump_offset(a);
+    jump_offset(a, false);
     a.op_mem(Size::Q, &[0x3b], T, Mem::GsBase(I, base)); // cmp
     a.jcc_to(cc::NE, miss);
     a.op_mem(Size::D, &[0xff], 4, Mem::GsBase(I, base + 8));
@@ -290,7 +294,7 @@ fn lookup_level2(a: &mut Asm, which: usize, jump: u64) {
     a.store(Size::Q, Mem::Gs(off::CROSS_SPILL), reg::RAX);
     a.load(Size::Q, reg::RAX, Mem::GsBase(I, level2 + 8));
     a.store(Size::Q, Mem::Gs(off::CONT), reg::RAX);
-    jump_offset(a);
+    jump_offset(a, false);
     a.store(Size::Q, Mem::GsBase(I, level1), T);
     a.store(Size::Q, Mem::GsBase(I, level1 + 8), reg::RAX);
     a.load(Size::Q, reg::RAX, Mem::Gs(off::CROSS_SPILL));

@@ -122,17 +122,7 @@ impl Tx<'_> {
         let a = &mut self.a;
         a.cmp_mem_imm8(Size::D, Mem::Gs(off::ATTENTION), 0);
         let polled = a.jcc(cc::NE);
-        if self.bmi2 {
-            a.rorx(I, T, 12);
-        } else {
-            a.mov(I, T);
-            a.op_reg(Size::Q, &[0xc1], 1, I); // ror
-            a.bytes(&[12]);
-        }
-        a.op_reg(Size::D, &[0x31], T, I); // xor
-        a.alu_imm(Size::D, 4, I, (JUMP_ENTRIES - 1) as i32);
-        a.op_reg(Size::D, &[0xc1], 4, I); // shl
-        a.bytes(&[4]);
+        crate::stubs::jump_offset(a, self.bmi2);
         a.op_mem(Size::Q, &[0x3b], T, Mem::GsBase(I, base)); // cmp
         let missed = a.jcc(cc::NE);
         a.op_mem(Size::D, &[0xff], how, Mem::GsBase(I, base + 8));

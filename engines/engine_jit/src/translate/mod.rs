@@ -25,8 +25,8 @@ use crate::context::Context;
 use crate::flags;
 use crate::frontend::{ARITH, Decoded, Kind, Op, Strings, access_size, immediate};
 use crate::layout::{
-    JUMP_ENTRIES, TLB_ENTRIES, branch_word, gpr_slot, jumps_base, off, seg_base, seg_limit,
-    seg_selector, tlb_base,
+    TLB_ENTRIES, branch_word, gpr_slot, jumps_base, off, seg_base, seg_limit, seg_selector,
+    tlb_base,
 };
 use crate::stubs::{GUEST_RSP, I, Stubs, T};
 use iced_x86::{
@@ -72,6 +72,9 @@ pub mod meta {
     /// Size of the access in bytes.
     pub const SIZE_SHIFT: u32 = 24;
 }
+
+/// Carry alone, as sums of several words pass it on.
+const CARRY: u32 = iced_x86::RflagsBits::CF;
 
 /// Where the guest's arithmetic flags are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -220,7 +223,9 @@ impl Tx<'_> {
 
     /// Puts live flags out of the way of code that clobbers EFLAGS.
     fn save_flags(&mut self, live: u32) {
-        if self.flags == Flags::Host && live != 0 {
+        if self.flags == Flags::Host && live == CARRY {
+            flags::save_carry(&mut self.a);
+        } else if self.flags == Flags::Host && live != 0 {
             flags::save(&mut self.a);
         }
         if live != 0 {
@@ -231,7 +236,9 @@ impl Tx<'_> {
     /// Brings live flags into EFLAGS.
     fn restore_flags(&mut self, live: u32, keep_scratch: bool) {
         if self.flags == Flags::Memory && live != 0 {
-            if keep_scratch {
+            if live == CARRY {
+                flags::restore_carry(&mut self.a);
+            } else if keep_scratch {
                 flags::restore_keeping_scratch(&mut self.a);
             } else {
                 flags::restore(&mut self.a);

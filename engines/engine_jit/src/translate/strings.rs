@@ -1,6 +1,7 @@
 //! String instructions and bit strings.
 
 use super::*;
+use crate::layout::repeat;
 
 impl Tx<'_> {
     /// MOVS, STOS, LODS. A repeated one runs natively if all of it lies in one page at each side, otherwise
@@ -44,7 +45,7 @@ impl Tx<'_> {
         }
         let width = [Size::B, Size::W, Size::D, Size::Q][usize::from(s.shift)];
         if s.rep {
-            self.repeat(s);
+            self.repeat(s, 0);
         } else {
             let step = size as i32;
             match (s.source, s.destination) {
@@ -80,8 +81,12 @@ impl Tx<'_> {
 
     /// REP MOVS or STOS of RCX elements that lie in one page at each side: the destination's host address
     /// is in I, the source's in a spill slot. Clobbers T.
-    fn repeat(&mut self, s: Strings) {
+    ///
+    /// `pages`: [`repeat::PAGES`] if the count of what is left for other pages is in the first spill slot.
+    fn repeat(&mut self, s: Strings, pages: u32) {
         let a = &mut self.a;
+        let source = if s.source { repeat::SOURCE } else { 0 };
+        let word = repeat::ON | source | pages | u32::from(s.shift) << repeat::SHIFT;
         let moved = |r: u8| Mem::Sib(Some(r), Some((reg::RCX, s.shift)), 0);
         a.lea(T, moved(reg::RDI));
         if s.source {
@@ -89,6 +94,7 @@ impl Tx<'_> {
             a.store(Size::Q, Mem::Gs(off::SPILL + 16), reg::RSI);
             a.load(Size::Q, reg::RSI, Mem::Gs(off::SPILL + 8));
         }
+        a.store_imm(Size::D, Mem::Gs(off::REPEAT), word as i32);
         a.mov(reg::RDI, I);
         a.bytes(&[0xf3]);
         match s.shift {
@@ -99,6 +105,7 @@ impl Tx<'_> {
         let opcode = if s.source { 0xa4 } else { 0xaa };
         a.bytes(&[opcode | u8::from(s.shift != 0)]);
         a.mov(reg::RDI, T);
+        a.store_imm(Size::D, Mem::Gs(off::REPEAT), 0);
         if s.source {
             a.load(Size::Q, reg::RSI, Mem::Gs(off::SPILL + 16));
         }
@@ -114,6 +121,7 @@ impl Tx<'_> {
         let op = &block.ops[index];
         let reload = self.flags == Flags::Host && op.live_after != 0;
         let top = self.a.here();
+        self.map.push((top as u32, offset));
         let mut misses = Vec::new();
         if s.source {
             let retry = self.a.here();
@@ -154,7 +162,7 @@ impl Tx<'_> {
         a.store(Size::Q, spill, reg::RCX);
         a.op_mem(Size::Q, &[0x29], T, spill); // sub
         a.mov(reg::RCX, T);
-        self.repeat(s);
+        self.repeat(s, repeat::PAGES);
         self.a.load(Size::Q, reg::RCX, spill);
         self.a.op_reg(Size::Q, &[0x85], reg::RCX, reg::RCX); // test
         let done = self.a.jcc(cc::E);
