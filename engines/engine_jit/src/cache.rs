@@ -90,6 +90,9 @@ pub struct Block {
     pub peeked: Box<[(u16, u16)]>,
 }
 
+/// Writes by the interpreter to a page of code after which it is taken for data.
+const PATIENCE: u32 = 256;
+
 /// A guest page that translations came from.
 #[derive(Debug)]
 struct CodePage {
@@ -102,6 +105,8 @@ struct CodePage {
     blocks: Vec<(u32, u64)>,
     /// Lines that the translation in the making depends on.
     watched: u64,
+    /// Writes by the interpreter since it was last taken for data.
+    interpreted: u32,
 }
 
 impl CodePage {
@@ -111,6 +116,7 @@ impl CodePage {
             bytes: Box::new([0; 4096]),
             blocks: Vec::new(),
             watched: 0,
+            interpreted: 0,
         }
     }
 
@@ -342,6 +348,27 @@ impl Cache {
                 now.copy_from_slice(from);
             }
         });
+    }
+
+    /// Counts a write by the interpreter to a page of code. After many the page's translations go: it has become
+    /// a stack, most likely, of which only some lines are written. True if it may be taken for data.
+    pub fn interpreted_write(&mut self, gfn: u64) -> bool {
+        let Some(p) = self.pages.get_mut(&gfn) else {
+            return false;
+        };
+        p.interpreted += 1;
+        if p.interpreted < PATIENCE {
+            return false;
+        }
+        p.interpreted = 0;
+        for (i, _) in std::mem::take(&mut p.blocks) {
+            self.kill(i);
+        }
+        let Some(p) = self.pages.get_mut(&gfn) else {
+            return false;
+        };
+        p.recount();
+        p.lines() == 0
     }
 
     /// Nothing that translations of a page depend on has changed: `same` compares known bytes at an offset

@@ -234,7 +234,22 @@ impl<'a> Runner<'a> {
     /// Invalidates translations of what the last instruction wrote. False if the vCPU must leave.
     fn kill_written(&mut self) -> bool {
         let list: Vec<(u64, u64)> = self.written.take().collect();
-        list.into_iter().all(|(gfn, lines)| self.kill(gfn, lines))
+        list.into_iter().all(|(gfn, lines)| {
+            let stays = self.kill(gfn, lines);
+            self.lose_patience(gfn);
+            stays
+        })
+    }
+
+    /// The interpreter has written to a page of code, as it does for what uses the stack: after many times the page
+    /// is data again.
+    fn lose_patience(&mut self, gfn: u64) {
+        if let Some(mut cache) = self.world.cache(self.me)
+            && cache.interpreted_write(gfn)
+            && let Some(flags) = self.world.code_map.page(gfn << 12)
+        {
+            flags.fetch_and(!PAGE_CODE, Ordering::AcqRel);
+        }
     }
 
     /// Invalidates translations of what has changed in `lines` of a page. False if the vCPU must leave.
