@@ -4,6 +4,7 @@
     reason = "hands out references into vCPU memory that emitted code shares"
 )]
 
+use crate::layout::VcpuMem;
 use crate::recent::Recent;
 use crate::run::{HELPERS, Runner};
 use crate::stats::Stats;
@@ -78,6 +79,34 @@ impl JitVcpu {
     }
 }
 
+impl JitVcpu {
+    /// Runs guest code by `f`, after `prepare`, as a vCPU that the world counts as running.
+    fn entered<R>(
+        &mut self,
+        env: &mut dyn Env,
+        irq_window: bool,
+        prepare: impl FnOnce(&mut VcpuMem),
+        f: impl FnOnce(Runner<'_>) -> R,
+    ) -> R {
+        self.world.enter(&self.mem);
+        // SAFETY: `running` is set: no other thread touches anything but the atomic flags.
+        let vm = unsafe { &mut *self.mem.mem() };
+        vm.irq_window = irq_window.into();
+        prepare(vm);
+        let (world, me) = (&self.world, &self.mem);
+        let r = f(Runner::new(
+            vm,
+            env,
+            world,
+            me,
+            &mut self.stats,
+            &mut self.recent,
+        ));
+        self.world.leave(&self.mem);
+        r
+    }
+}
+
 impl EngineVcpu for JitVcpu {
     fn cpu(&mut self) -> &mut CpuState {
         // SAFETY: `&mut self` means the vCPU is not running, and other threads leave `cpu` alone.
@@ -98,49 +127,27 @@ impl EngineVcpu for JitVcpu {
     }
 
     fn run(&mut self, env: &mut dyn Env, irq_window: bool) -> Exit {
-        self.world.enter(&self.mem);
-        // SAFETY: `running` is set: no other thread touches anything but the atomic flags.
-        let vm = unsafe { &mut *self.mem.mem() };
-        vm.irq_window = irq_window.into();
-        if vm.cpu.cr0 & x86defs::cr0::PG == 0 {
-            // Without paging the guest has no flushes that would show what devices and user space have
-            // written over its code.
-            vm.caches.flush_code();
-        }
-        let exit = Runner::new(
-            vm,
+        self.entered(
             env,
-            &self.world,
-            &self.mem,
-            &mut self.stats,
-            &mut self.recent,
+            irq_window,
+            |vm| {
+                if vm.cpu.cr0 & x86defs::cr0::PG == 0 {
+                    // Without paging the guest has no flushes that would show what devices and user space have
+                    // written over its code.
+                    vm.caches.flush_code();
+                }
+            },
+            |runner| runner.run(),
         )
-        .run();
-        self.world.leave(&self.mem);
-        exit
     }
 
     fn step(&mut self, env: &mut dyn Env) -> Option<Exit> {
-        self.world.enter(&self.mem);
-        // SAFETY: as in `run`.
-        let vm = unsafe { &mut *self.mem.mem() };
-        vm.irq_window = 0;
-        let exit = Runner::new(
-            vm,
-            env,
-            &self.world,
-            &self.mem,
-            &mut self.stats,
-            &mut self.recent,
-        )
-        .step_once();
-        self.world.leave(&self.mem);
-        exit
+        self.entered(env, false, |_| (), |runner| runner.step_once())
     }
 
     fn state_changed(&mut self) {
         self.world.enter(&self.mem);
-        // SAFETY: as in `run`.
+        // SAFETY: as in `entered`.
         unsafe { (*self.mem.mem()).caches.flush(Flush::All) };
         self.world.leave(&self.mem);
     }

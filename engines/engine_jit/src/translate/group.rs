@@ -26,9 +26,10 @@ pub(super) struct Plan {
     write: bool,
 }
 
-/// The group that is being emitted: first byte accessed, relative to the base at the start.
+/// The group that is being emitted.
 #[derive(Clone, Copy)]
 pub(super) struct Group {
+    /// First byte accessed, relative to the base at the start.
     low: i64,
     /// What the base has moved by since the start.
     moved: i64,
