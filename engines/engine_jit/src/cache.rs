@@ -1,6 +1,9 @@
 //! The code cache: translations by guest-physical address and context, and the pages they came from.
 
 use crate::arena::Arena;
+use crate::block::{Block, Notes, Translation};
+use crate::code_page::CodePage;
+use crate::lookup::Lookup;
 use crate::perf::Log;
 use crate::stubs::Stubs;
 use std::collections::HashMap;
@@ -32,104 +35,25 @@ impl Hasher for IntHasher {
 
 type Map<K, V> = HashMap<K, V, BuildHasherDefault<IntHasher>>;
 
-/// An immediate of the guest's that was copied to host code as it is.
-#[derive(Clone, Copy, Debug)]
-pub struct Imm {
-    /// Page offset of the guest's.
-    pub off: u16,
-    /// Bytes.
-    pub len: u8,
-    /// Offset of the copy from the block's indirect entry.
-    pub host: u32,
-}
-
 /// A linked jump to a block.
 #[derive(Clone, Copy, Debug)]
 struct Link {
-    /// Address of its displacement.
-    site: u64,
+    /// Offset in the arena of its displacement.
+    site: u32,
     /// The displacement that leads to the exit which links it.
     exit: u32,
-    /// The block that it belongs to.
-    source: u32,
+    /// The next one to the same block.
+    next: u32,
 }
 
-/// One translation.
-#[derive(Debug)]
-pub struct Block {
-    /// Guest-physical address of the first instruction.
-    pub phys: u64,
-    /// Page offset behind the last instruction, at most the page's end.
-    pub stop: u16,
-    /// Context it was made for.
-    pub ctx: u32,
-    /// Entry for jumps that carry the linear address in T and the flags in memory.
-    pub indirect: u64,
-    /// Entry for linked jumps: flags in EFLAGS if `live_in`.
-    pub direct: u64,
-    /// Entry for linked jumps from code that has the FPU loaded.
-    pub direct_fpu: u64,
-    /// End of its code.
-    pub end: u64,
-    /// It reads flags that it has not written.
-    pub live_in: bool,
-    /// It needs the guest's FPU state loaded.
-    pub fpu: bool,
-    /// Which 64-byte lines of the page it depends on.
-    pub lines: u64,
-    /// Page number and lines of the second page, for an instruction that crosses the page end. Such a
-    /// block is reached only through the jump cache.
-    pub second: Option<(u64, u64)>,
-    /// Its code was overwritten with an exit.
-    pub dead: bool,
-    /// Host offset from `indirect` and guest page offset of each instruction.
-    pub map: Box<[(u32, u16)]>,
-    /// Immediates that can be changed in place.
-    pub imms: Box<[Imm]>,
-    /// Page offsets of what it depends on beside its own instructions: starts and ends.
-    pub peeked: Box<[(u16, u16)]>,
-}
+const NO_LINK: Link = Link {
+    site: 0,
+    exit: 0,
+    next: 0,
+};
 
 /// Writes by the interpreter to a page of code after which it is taken for data.
 const PATIENCE: u32 = 256;
-
-/// A guest page that translations came from.
-#[derive(Debug)]
-struct CodePage {
-    /// Lines that `bytes` holds. Emitted code that has written to the page looks here, so its address
-    /// holds until [`Cache::clear`].
-    lines: Box<AtomicU64>,
-    /// The bytes as they were translated.
-    bytes: Box<[u8; 4096]>,
-    /// Live translations and the lines that each depends on.
-    blocks: Vec<(u32, u64)>,
-    /// Lines that the translation in the making depends on.
-    watched: u64,
-    /// Writes by the interpreter since it was last taken for data.
-    interpreted: u32,
-}
-
-impl CodePage {
-    fn new() -> Self {
-        CodePage {
-            lines: Box::default(),
-            bytes: Box::new([0; 4096]),
-            blocks: Vec::new(),
-            watched: 0,
-            interpreted: 0,
-        }
-    }
-
-    /// Counts again which lines are depended on.
-    fn recount(&mut self) {
-        let lines = self.blocks.iter().fold(self.watched, |all, b| all | b.1);
-        self.lines.store(lines, Ordering::SeqCst);
-    }
-
-    fn lines(&self) -> u64 {
-        self.lines.load(Ordering::Relaxed)
-    }
-}
 
 /// Bytes of a page that have changed.
 struct Changes {
@@ -147,9 +71,11 @@ pub struct Cache {
     pub stubs: Stubs,
     stubs_end: usize,
     blocks: Vec<Block>,
-    /// Linked jumps to each block.
-    links: Vec<Vec<Link>>,
-    map: Map<(u64, u32), u32>,
+    notes: Notes,
+    /// Linked jumps; the first is no jump, but the first that is free.
+    links: Vec<Link>,
+    /// Live translations by address and context.
+    map: Lookup,
     pages: Map<u64, CodePage>,
     /// Counts invalidations; a vCPU that sees it change must not go back into the block it left.
     epoch: Arc<AtomicU64>,
@@ -219,11 +145,11 @@ impl Changes {
             .any(|l| self.bytes[l] & bytes_in(l, start.into(), end.into()) != 0)
     }
 
-    fn verdict(&self, b: &Block, gfn: u64) -> Verdict {
-        if b.phys >> 12 != gfn || b.second.is_some_and(|s| s.0 == gfn) {
+    fn verdict(&self, b: &Block, notes: &Notes, gfn: u64) -> Verdict {
+        if b.phys >> 12 != gfn || notes.second(b).is_some_and(|s| s.0 == gfn) {
             return Verdict::Kill;
         }
-        if b.peeked.iter().any(|&(start, end)| self.any(start, end)) {
+        if notes.peeked(b).any(|(start, end)| self.any(start, end)) {
             return Verdict::Kill;
         }
         let start = usize::from(b.phys as u16 & 0xfff);
@@ -233,7 +159,7 @@ impl Changes {
             if changed == 0 {
                 continue;
             }
-            for i in &b.imms {
+            for i in notes.imms(b) {
                 let bits = bytes_in(line, i.off.into(), usize::from(i.off) + usize::from(i.len));
                 // A store beyond a line of host code would be seen in parts.
                 let at = (b.indirect + u64::from(i.host)) % 64;
@@ -261,8 +187,9 @@ impl Cache {
             stubs,
             stubs_end,
             blocks: Vec::new(),
-            links: Vec::new(),
-            map: Map::default(),
+            notes: Notes::default(),
+            links: vec![NO_LINK],
+            map: Lookup::default(),
             pages: Map::default(),
             epoch,
             translated: 0,
@@ -275,9 +202,24 @@ impl Cache {
 
     /// A live translation.
     pub fn find(&self, phys: u64, ctx: u32) -> Option<&Block> {
-        self.map
-            .get(&(phys, ctx))
-            .and_then(|&i| self.blocks.get(i as usize))
+        self.blocks.get(self.find_index(phys, ctx)? as usize)
+    }
+
+    fn find_index(&self, phys: u64, ctx: u32) -> Option<u32> {
+        self.map.get(hash(phys, ctx), |i| {
+            let b = &self.blocks[i as usize];
+            (b.phys, b.ctx) == (phys, ctx)
+        })
+    }
+
+    /// Page number and lines of the second page that a block depends on.
+    pub fn second(&self, block: &Block) -> Option<(u64, u64)> {
+        self.notes.second(block)
+    }
+
+    /// Page offset of the guest's instruction that the code at `pc` belongs to.
+    pub fn instruction_at(&self, pc: u64) -> Option<u16> {
+        self.notes.instruction(self.block_at(pc)?, pc)
     }
 
     /// The number of the block whose code contains host address `pc`.
@@ -286,7 +228,7 @@ impl Cache {
             .blocks
             .partition_point(|b| b.indirect <= pc)
             .checked_sub(1)?;
-        (pc < self.blocks[i].end).then_some(i)
+        (pc < self.blocks[i].end()).then_some(i)
     }
 
     /// The block whose code contains host address `pc`.
@@ -302,7 +244,7 @@ impl Cache {
     /// Where the lines of a page that translations depend on are kept. The address holds until
     /// [`Cache::clear`].
     pub fn lines_address(&mut self, gfn: u64) -> *const AtomicU64 {
-        let page = self.pages.entry(gfn).or_insert_with(CodePage::new);
+        let page = self.pages.entry(gfn).or_default();
         &raw const *page.lines
     }
 
@@ -310,39 +252,48 @@ impl Cache {
     /// comes to [`Cache::changed`] afterwards, so bytes that are read now are either the last or found to
     /// be stale.
     pub fn watch(&mut self, gfn: u64, lines: u64) {
-        let page = self.pages.entry(gfn).or_insert_with(CodePage::new);
+        let page = self.pages.entry(gfn).or_default();
         page.watched |= lines;
         page.lines.fetch_or(lines, Ordering::SeqCst);
     }
 
     /// Enters a translation made from `page`, the bytes of its guest page, and `second`, the start of
     /// the next one where it reaches there.
-    pub fn insert(&mut self, block: Block, page: &[u8], second: &[u8]) {
+    pub fn insert(&mut self, new: &Translation, page: &[u8], second: &[u8]) -> &Block {
         self.translated += 1;
-        self.cover(block.phys >> 12, block.lines, page);
-        if let Some((gfn, lines)) = block.second {
+        self.cover(new.phys >> 12, new.lines, page);
+        if let Some((gfn, lines)) = new.second {
             self.cover(gfn, lines, second);
         }
-        let i = self.blocks.len() as u32;
-        let first = Some((block.phys >> 12, block.lines));
-        for (gfn, lines) in [first, block.second].into_iter().flatten() {
-            if let Some(p) = self.pages.get_mut(&gfn) {
-                p.blocks.push((i, lines));
-                p.watched = 0;
-            }
-        }
-        if let Some(old) = self.map.insert((block.phys, block.ctx), i) {
+        if let Some(old) = self.find_index(new.phys, new.ctx) {
             // It crosses into another second page.
             self.kill(old);
         }
-        self.blocks.push(block);
-        self.links.push(Vec::new());
+        let i = self.blocks.len();
+        for gfn in [Some(new.phys >> 12), new.second.map(|s| s.0)]
+            .into_iter()
+            .flatten()
+        {
+            if let Some(p) = self.pages.get_mut(&gfn) {
+                p.blocks.push(i as u32);
+                p.watched = 0;
+            }
+        }
+        self.blocks.push(self.notes.add(new));
+        self.map.insert(i as u32, |i| {
+            let b = &self.blocks[i as usize];
+            hash(b.phys, b.ctx)
+        });
+        &self.blocks[i]
     }
 
     /// Keeps the bytes of lines that a new translation depends on. Older ones that depend on other
     /// bytes there go.
     fn cover(&mut self, gfn: u64, lines: u64, bytes: &[u8]) {
         self.watch(gfn, lines);
+        if let Some(p) = self.pages.get_mut(&gfn) {
+            p.hold(lines);
+        }
         self.changed(gfn, lines, |line, now| {
             if let Some(from) = bytes.get(line * 64..line * 64 + 64) {
                 now.copy_from_slice(from);
@@ -361,14 +312,11 @@ impl Cache {
             return false;
         }
         p.interpreted = 0;
-        for (i, _) in std::mem::take(&mut p.blocks) {
+        for i in std::mem::take(&mut p.blocks) {
             self.kill(i);
         }
-        let Some(p) = self.pages.get_mut(&gfn) else {
-            return false;
-        };
-        p.recount();
-        p.lines() == 0
+        self.recount(gfn);
+        self.page_lines(gfn) == 0
     }
 
     /// Nothing that translations of a page depend on has changed: `same` compares known bytes at an offset
@@ -377,17 +325,13 @@ impl Cache {
         let Some(p) = self.pages.get(&gfn) else {
             return true;
         };
-        let mut left = p.lines();
+        let mut left = p.known();
         while left != 0 {
             let first = left.trailing_zeros();
             let count = (left >> first).trailing_ones();
             left &= u64::MAX.checked_shl(first + count).unwrap_or(0);
             let (start, len) = (first as usize * 64, count as usize * 64);
-            if !p
-                .bytes
-                .get(start..start + len)
-                .is_some_and(|known| same(start, known))
-            {
+            if !p.bytes(start, len).is_some_and(|known| same(start, known)) {
                 return false;
             }
         }
@@ -405,12 +349,12 @@ impl Cache {
             lines: 0,
             bytes: [0; 64],
         };
-        let mut left = p.lines() & lines;
+        let mut left = p.known() & lines;
         let mut now = [0; 64];
         while left != 0 {
             let line = left.trailing_zeros() as usize;
             left &= left - 1;
-            let Some(known) = p.bytes[line * 64..].first_chunk_mut::<64>() else {
+            let Some(known) = p.line(line) else {
                 break;
             };
             now.copy_from_slice(known);
@@ -425,20 +369,22 @@ impl Cache {
             return;
         }
         let mut doomed = std::mem::take(&mut self.doomed);
-        for &(i, lines) in &p.blocks {
-            if lines & changes.lines == 0 {
+        for &i in &p.blocks {
+            let Some(b) = self.blocks.get(i as usize) else {
+                continue;
+            };
+            if self.notes.lines(b, gfn) & changes.lines == 0 {
                 continue;
             }
-            let b = &self.blocks[i as usize];
-            match changes.verdict(b, gfn) {
+            match changes.verdict(b, &self.notes, gfn) {
                 Verdict::Keep => {}
                 Verdict::Kill => doomed.push(i),
                 Verdict::Patch => {
                     self.patched += 1;
-                    for imm in &b.imms {
+                    for imm in self.notes.imms(b) {
                         let (off, len) = (usize::from(imm.off), usize::from(imm.len));
                         let at = b.indirect + u64::from(imm.host);
-                        if let Some(bytes) = p.bytes.get(off..off + len)
+                        if let Some(bytes) = p.bytes(off, len)
                             && changes.any(imm.off, imm.off + u16::from(imm.len))
                         {
                             self.arena.patch(at, bytes);
@@ -457,41 +403,55 @@ impl Cache {
     /// Takes a block out of use.
     fn kill(&mut self, i: u32) {
         let b = &mut self.blocks[i as usize];
-        if b.dead {
+        if b.dead() {
             return;
         }
         self.epoch.fetch_add(1, Ordering::AcqRel);
-        b.dead = true;
-        if self.map.get(&(b.phys, b.ctx)) == Some(&i) {
-            self.map.remove(&(b.phys, b.ctx));
-        }
+        b.die();
+        let mut link = std::mem::take(&mut b.links);
+        let b = *b;
+        self.map.remove(hash(b.phys, b.ctx), i);
         // Each entry is one instruction of five bytes or more that starts an aligned word, so one store
         // does it while other vCPUs execute there. At the first one T has the linear address.
         self.arena
             .patch_word(b.indirect, &to(0xe9, b.indirect, self.stubs.jump));
-        let dead = if b.live_in {
+        let dead = if b.live_in() {
             self.stubs.dead_flags
         } else {
             self.stubs.dead
         };
-        self.arena.patch_word(b.direct, &to(0xe8, b.direct, dead));
-        if b.direct_fpu != b.direct {
-            self.arena
-                .patch_word(b.direct_fpu, &to(0xe8, b.direct_fpu, dead));
+        for entry in [b.direct(), b.direct_fpu()] {
+            self.arena.patch_word(entry, &to(0xe8, entry, dead));
         }
-        (b.imms, b.peeked) = Default::default();
-        let (first, second) = (b.phys >> 12, b.second);
-        for l in std::mem::take(&mut self.links[i as usize]) {
-            if !self.blocks[l.source as usize].dead {
-                self.arena.patch(l.site, &l.exit.to_le_bytes());
-            }
+        // Those that lie in dead blocks too: nobody comes there, but a vCPU that is there still.
+        while link != 0 {
+            let l = self.links[link as usize];
+            let site = self.arena.start() + u64::from(l.site);
+            self.arena.patch(site, &l.exit.to_le_bytes());
+            let free = std::mem::replace(&mut self.links[0].next, link);
+            link = std::mem::replace(&mut self.links[link as usize].next, free);
         }
-        for gfn in [Some(first), second.map(|s| s.0)].into_iter().flatten() {
+        let second = self.notes.second(&b).map(|s| s.0);
+        for gfn in [Some(b.phys >> 12), second].into_iter().flatten() {
             if let Some(p) = self.pages.get_mut(&gfn) {
-                p.blocks.retain(|b| b.0 != i);
-                p.recount();
+                p.blocks.retain(|&b| b != i);
+                self.recount(gfn);
             }
         }
+    }
+
+    /// Counts again which lines of a page are depended on.
+    fn recount(&mut self, gfn: u64) {
+        let Some(p) = self.pages.get(&gfn) else {
+            return;
+        };
+        let of = |&i: &u32| {
+            self.blocks
+                .get(i as usize)
+                .map_or(0, |b| self.notes.lines(b, gfn))
+        };
+        let lines = p.blocks.iter().map(of).fold(p.watched, |all, l| all | l);
+        p.lines.store(lines, Ordering::SeqCst);
     }
 
     /// A translation by its number, which holds until it is killed.
@@ -502,18 +462,25 @@ impl Cache {
     /// Links the jump of block `source` whose displacement is at `site` to `entry` of the live translation
     /// `(phys, ctx)`. `exit`: where the jump led before.
     pub fn link(&mut self, source: usize, site: u64, exit: u64, entry: u64, to: (u64, u32)) {
-        let Some(&target) = self.map.get(&to) else {
+        let Some(target) = self.find_index(to.0, to.1) else {
             return;
         };
-        let target = target as usize;
-        if self.blocks[source].dead {
+        if self.blocks[source].dead() {
             return;
         }
-        self.links[target].push(Link {
-            site,
+        let free = self.links[0].next;
+        let link = if free == 0 {
+            self.links.push(NO_LINK);
+            self.links.len() - 1
+        } else {
+            self.links[0].next = self.links[free as usize].next;
+            free as usize
+        };
+        self.links[link] = Link {
+            site: site.wrapping_sub(self.arena.start()) as u32,
             exit: exit.wrapping_sub(site + 4) as u32,
-            source: source as u32,
-        });
+            next: std::mem::replace(&mut self.blocks[target as usize].links, link as u32),
+        };
         let displacement = entry.wrapping_sub(site + 4) as u32;
         self.arena.patch(site, &displacement.to_le_bytes());
     }
@@ -523,7 +490,9 @@ impl Cache {
     pub fn clear(&mut self) {
         self.epoch.fetch_add(1, Ordering::AcqRel);
         self.blocks.clear();
-        self.links.clear();
+        self.notes.clear();
+        self.links.truncate(1);
+        self.links[0] = NO_LINK;
         self.map.clear();
         self.pages.clear();
         self.arena.truncate(self.stubs_end);
@@ -533,6 +502,13 @@ impl Cache {
     pub fn gfns(&self) -> impl Iterator<Item = u64> + '_ {
         self.pages.keys().copied()
     }
+}
+
+fn hash(phys: u64, ctx: u32) -> u64 {
+    let mut h = IntHasher::default();
+    h.write_u64(phys);
+    h.write_u32(ctx);
+    h.finish()
 }
 
 /// `jmp` (E9) or `call` (E8) of `target`, at `at`.
@@ -556,29 +532,28 @@ mod tests {
         let at = cache.arena.push(&[0x90; 32]).unwrap();
         let lines = lines_of(start.into(), usize::from(stop - start))
             | lines_of(peeked.0.into(), usize::from(peeked.1 - peeked.0));
-        let imm = Imm {
+        let imm = crate::block::Imm {
             off: stop - 2,
             len: 2,
             host: 16,
         };
-        let block = Block {
+        let block = Translation {
             phys: 0x5000 | u64::from(start),
             stop,
             ctx: 0,
             indirect: at,
-            direct: at + 8,
-            direct_fpu: at + 8,
-            end: at + 32,
+            direct: 8,
+            direct_fpu: 8,
+            len: 32,
             live_in: false,
             fpu: false,
             lines,
             second: None,
-            dead: false,
-            map: Box::default(),
-            imms: Box::new([imm]),
-            peeked: Box::new([peeked]),
+            map: Vec::new(),
+            imms: vec![imm],
+            peeked: vec![peeked],
         };
-        cache.insert(block, page, &[]);
+        cache.insert(&block, page, &[]);
         at
     }
 

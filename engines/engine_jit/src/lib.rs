@@ -9,7 +9,9 @@
 
 mod arena;
 mod asm;
+mod block;
 mod cache;
+mod code_page;
 mod code_writes;
 mod context;
 mod env;
@@ -19,6 +21,7 @@ mod frontend;
 pub mod fuzz;
 mod layout;
 mod liveness;
+mod lookup;
 mod perf;
 mod recent;
 mod refill;

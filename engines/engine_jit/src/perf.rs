@@ -1,7 +1,7 @@
 //! What profilers are told about emitted code: the map that `perf` reads (`ANYKVM_PERF_MAP=1`) and the
 //! table that `bench hot` reads (`ANYKVM_JIT_BLOCKS=FILE`). Nothing is written unless one is asked for.
 
-use crate::cache::Block;
+use crate::block::Translation;
 use crate::stubs::Stubs;
 use std::fmt::Write as _;
 use std::fs::File;
@@ -93,7 +93,7 @@ impl Log {
     }
 
     /// Writes a block down. `code` is what was emitted; links are patched into it later.
-    pub fn block(&mut self, block: &Block, source: &Source<'_>, code: &[u8]) {
+    pub fn block(&mut self, block: &Translation, source: &Source<'_>, code: &[u8]) {
         let mode = if source.user { "user" } else { "kernel" };
         let head = format!(
             "{:x} {:x} guest:{mode}:{:#x}:phys:{:#x}",
@@ -161,22 +161,21 @@ mod tests {
             map: None,
             table: Some(open(&path, true).unwrap()),
         };
-        let block = Block {
+        let block = Translation {
             phys: 0x1ff0,
             ctx: 0,
             indirect: 0x7000,
-            direct: 0x7000,
-            direct_fpu: 0x7000,
-            end: 0x7002,
+            direct: 0,
+            direct_fpu: 0,
+            len: 2,
             live_in: false,
             fpu: false,
             lines: 0,
             second: None,
-            dead: false,
             stop: 0x10,
-            imms: Box::default(),
-            peeked: Box::default(),
-            map: Box::new([(0, 0xff0), (1, 0xff1)]),
+            imms: Vec::new(),
+            peeked: Vec::new(),
+            map: vec![(0, 0xff0), (1, 0xff1)],
         };
         let source = Source {
             linear: 0x40_0ff0,

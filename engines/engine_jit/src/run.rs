@@ -3,6 +3,7 @@
 
 mod helpers;
 
+use crate::block::{Block, Translation};
 use crate::context::Context;
 use crate::env::{JitEnv, Written};
 use crate::frontend;
@@ -475,7 +476,7 @@ impl<'a> Runner<'a> {
         phys: u64,
         second: Option<u64>,
         ctx: Context,
-        f: impl Fn(&cache::Block) -> R,
+        f: impl Fn(&Block) -> R,
     ) -> Result<R, NoBlock> {
         let world = self.world;
         let Some(mut cache) = world.cache(self.me) else {
@@ -491,10 +492,10 @@ impl<'a> Runner<'a> {
         phys: u64,
         second: Option<u64>,
         ctx: Context,
-        f: impl Fn(&cache::Block) -> R,
+        f: impl Fn(&Block) -> R,
     ) -> Result<R, NoBlock> {
         if let Some(b) = cache.find(phys, ctx.0) {
-            match (b.second, second) {
+            match (cache.second(b), second) {
                 (None, _) => return Ok(f(b)),
                 (Some(_), None) => return Err(NoBlock::NeedsSecond),
                 (Some((gfn, _)), Some(page)) if gfn == page >> 12 => return Ok(f(b)),
@@ -507,11 +508,7 @@ impl<'a> Runner<'a> {
         let mut pages = std::mem::take(&mut cache.pages_read);
         pages.resize(4096 + 64, 0);
         let made = self.translate_at(cache, phys, second, ctx, &mut pages);
-        let made = made.map(|block| {
-            let r = f(&block);
-            cache.insert(block, &pages[..4096], &pages[4096..]);
-            r
-        });
+        let made = made.map(|new| f(cache.insert(&new, &pages[..4096], &pages[4096..])));
         cache.pages_read = pages;
         made
     }
@@ -524,7 +521,7 @@ impl<'a> Runner<'a> {
         second: Option<u64>,
         ctx: Context,
         pages: &mut [u8],
-    ) -> Result<cache::Block, NoBlock> {
+    ) -> Result<Translation, NoBlock> {
         let (gfn, start) = (phys >> 12, (phys & 0xfff) as usize);
         self.claim(cache, phys).ok_or(NoBlock::Leave)?;
         for _ in 0..MAX_READS {
@@ -559,22 +556,21 @@ impl<'a> Runner<'a> {
                 self.exit = Some(Exit::InternalError);
                 return Err(NoBlock::Leave);
             };
-            let block = cache::Block {
+            let block = Translation {
                 phys,
                 stop: decoded.end.min(4096),
                 ctx: ctx.0,
                 indirect: at,
-                direct: at + code.direct as u64,
-                direct_fpu: at + code.direct_fpu as u64,
-                end: at + code.bytes.len() as u64,
+                direct: code.direct as u16,
+                direct_fpu: code.direct_fpu as u16,
+                len: code.bytes.len() as u32,
                 live_in: decoded.live_in != 0,
                 fpu: decoded.fpu,
                 lines: decoded.lines,
                 second,
-                dead: false,
-                map: code.map.into_boxed_slice(),
-                imms: code.imms.into_boxed_slice(),
-                peeked: decoded.peeked.into_boxed_slice(),
+                map: code.map,
+                imms: code.imms,
+                peeked: decoded.peeked,
             };
             if let Some(log) = &mut cache.perf {
                 let source = perf::Source {
@@ -803,7 +799,7 @@ impl<'a> Runner<'a> {
                 || self
                     .world
                     .cache(self.me)
-                    .is_some_and(|cache| cache.block_at(ret).is_some_and(|b| !b.dead)));
+                    .is_some_and(|cache| cache.block_at(ret).is_some_and(|b| !b.dead())));
         if !stay {
             self.sync((word & 0xfff) + (word >> meta::LEN_SHIFT & 15));
             return self.dispatch();

@@ -102,16 +102,24 @@ impl VcpuBox {
     /// # Errors
     /// When there is no memory.
     pub fn new(stubs: &stubs::Stubs) -> Result<Self, EngineError> {
-        let layout = std::alloc::Layout::new::<VcpuMem>();
         let mut shadow = Shadow::new()?;
         shadow.set_empty(stubs.empty);
-        // SAFETY: the layout has a size; zeroed bytes are valid for the integer fields, and the
-        // fields that are not plain integers (state, vectors) are written before any use.
+        // SAFETY: a fresh mapping, whose pages are zero and cost nothing before they are written; the result is
+        // checked. Zeroed bytes are valid for the integer fields, and the fields that are not plain integers
+        // (state, vectors) are written before any use.
         unsafe {
-            let mem = std::alloc::alloc_zeroed(layout).cast::<VcpuMem>();
-            if mem.is_null() {
+            let mem = libc::mmap(
+                std::ptr::null_mut(),
+                size_of::<VcpuMem>(),
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            );
+            if mem == libc::MAP_FAILED {
                 return Err(EngineError::OutOfMemory);
             }
+            let mem = mem.cast::<VcpuMem>();
             (&raw mut (*mem).cpu).write(x86emu::state::CpuState::default());
             crate::tlb::Caches::init(&raw mut (*mem).caches, shadow);
             (*mem).this = mem as u64;
@@ -137,10 +145,10 @@ impl VcpuBox {
 
 impl Drop for VcpuBox {
     fn drop(&mut self) {
-        // SAFETY: allocated by `new` with this layout; the last owner is gone.
+        // SAFETY: mapped by `new` with this size; the last owner is gone.
         unsafe {
             std::ptr::drop_in_place(self.mem);
-            std::alloc::dealloc(self.mem.cast(), std::alloc::Layout::new::<VcpuMem>());
+            libc::munmap(self.mem.cast(), size_of::<VcpuMem>());
         }
     }
 }

@@ -84,17 +84,17 @@ extern "sysv64" fn helper_link(vm: *mut VcpuMem, ret: *const u8) -> u64 {
         return 0;
     };
     let source = cache.index_at(ret as u64);
-    let live = |b: &&cache::Block| !b.dead;
+    let live = |b: &&Block| !b.dead();
     if let Some(source) = source
         && let Some(page) = cache.get(source).filter(live).map(|b| b.phys & !0xfff)
     {
         let epoch = world.epoch();
         let fpu = w & meta::FPU != 0;
         let found = r.block_in(&mut cache, page | u64::from(offset), None, ctx, |b| {
-            let entry = match (w & meta::LANDS != 0, fpu && b.fpu) {
+            let entry = match (w & meta::LANDS != 0, fpu && b.fpu()) {
                 (true, _) => b.indirect,
-                (false, true) => b.direct_fpu,
-                (false, false) => b.direct,
+                (false, true) => b.direct_fpu(),
+                (false, false) => b.direct(),
             };
             (entry, b.indirect)
         });
@@ -181,11 +181,7 @@ extern "sysv64" fn helper_fault(vm: *mut VcpuMem, _: *const u8) -> u64 {
             r.exit = Some(Exit::InternalError);
             return 0;
         };
-        cache.block_at(pc).and_then(|b| {
-            let at = (pc - b.indirect) as u32;
-            let i = b.map.partition_point(|m| m.0 <= at).checked_sub(1)?;
-            Some(u32::from(b.map[i].1))
-        })
+        cache.instruction_at(pc).map(u32::from)
     };
     let Some(offset) = offset else {
         log::error!("engine_jit: host fault at {pc:#x}, which is no translated instruction");

@@ -20,7 +20,7 @@ mod strings;
 mod system;
 
 use crate::asm::{Asm, Mem, Size, at, cc, reg};
-use crate::cache::Imm;
+use crate::block::Imm;
 use crate::context::Context;
 use crate::flags;
 use crate::frontend::{ARITH, Decoded, Kind, Op, Strings, access_size, immediate};
