@@ -33,6 +33,8 @@ pub enum Command {
     User,
     /// Real programs of Debian 12 (a compiler, interpreters, compressors ...): the same three machines
     Programs,
+    /// What two CPUs compute in the time of one: the same three machines
+    Smp,
     /// Time of 'anykvm run -- true' and to the prompt of the default guest
     Prompt,
     /// Memory of the process beside the guest's RAM
@@ -57,6 +59,7 @@ impl Command {
             Self::Boot => "boot",
             Self::User => "user",
             Self::Programs => "programs",
+            Self::Smp => "smp",
             Self::Prompt => "prompt",
             Self::Memory => "memory",
             Self::Exits => "exits",
@@ -71,7 +74,7 @@ impl Command {
 /// How to measure.
 #[derive(Debug, Clone, Args)]
 pub struct Options {
-    /// Rounds; in each, every machine has its turn [default: 3 for 'user', 5 for the others]
+    /// Rounds; in each, every machine has its turn [default: 3 for 'user', 'programs', 'smp', 5 for the others]
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub rounds: Option<u32>,
 
@@ -112,7 +115,7 @@ pub struct Options {
     #[arg(long, global = true, value_name = "MIB", value_parser = clap::value_parser!(u32).range(64..))]
     pub memory: Option<u32>,
 
-    /// Only write vmlinuz and initrd of 'user' or 'programs' to DIR, for a profiler's run
+    /// Only write vmlinuz and initrd of 'user', 'programs' or 'smp' to DIR, for a profiler's run
     #[arg(long, global = true, value_name = "DIR")]
     pub export: Option<PathBuf>,
 

@@ -39,7 +39,7 @@ pub fn text(facts: &Value) -> String {
     };
     let setup_memory = &facts["guest_memory_mib"];
     let mut text = format!(
-        "host:   {}, {} CPUs, Linux {}, load {}\nguest:  Linux {}, {}, 1 CPU, \"{}\"\nanykvm: {} (engine {})\ntcg:    {}",
+        "host:   {}, {} CPUs, Linux {}, load {}\nguest:  Linux {}, {}, 1 CPU (smp: 2), \"{}\"\nanykvm: {} (engine {})\ntcg:    {}",
         word("cpu"),
         word("cpus"),
         word("host_kernel"),

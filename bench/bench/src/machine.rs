@@ -65,6 +65,7 @@ impl Kind {
     pub fn command(self, setup: &Setup, initrd: &Path, arguments: &str) -> Command {
         let missing = Path::new("missing");
         let memory = format!("{}M", setup.memory());
+        let cpus = setup.cpus.to_string();
         match self {
             Self::Native => {
                 let mut command = Command::new(&setup.guest);
@@ -75,7 +76,8 @@ impl Kind {
                 let mut command = Command::new(setup.anykvm.as_deref().unwrap_or(missing));
                 command
                     .args(["run", "--net", "none", "--engine", &setup.options.engine])
-                    .args(["--memory", &memory, "--append", COMMAND_LINE, "--kernel"])
+                    .args(["--memory", &memory, "--cpus", &cpus])
+                    .args(["--append", COMMAND_LINE, "--kernel"])
                     .arg(&setup.kernel)
                     .arg("--initrd")
                     .arg(initrd);
@@ -91,7 +93,7 @@ impl Kind {
                 let qemu = setup.qemu.as_deref().unwrap_or(missing);
                 let mut command = if self.is_tcg() {
                     let mut command = Command::new(qemu);
-                    command.args(["-accel", "tcg", "-cpu", "max"]);
+                    command.args(["-accel", "tcg,thread=multi", "-cpu", "max"]);
                     command
                 } else {
                     let mut command = Command::new(setup.anykvm.as_deref().unwrap_or(missing));
@@ -103,7 +105,7 @@ impl Kind {
                 };
                 command
                     .args(["-M", machine])
-                    .args(["-object", &ram, "-m", &memory])
+                    .args(["-object", &ram, "-m", &memory, "-smp", &cpus])
                     .args(["-nodefaults", "-no-user-config", "-display", "none"])
                     .args(["-serial", "stdio", "-monitor", "none", "-no-reboot"])
                     .args(["-append", COMMAND_LINE, "-kernel"])

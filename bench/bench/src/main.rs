@@ -15,6 +15,7 @@ mod memory;
 mod programs;
 mod prompt;
 mod setup;
+mod smp;
 mod statistics;
 mod table;
 mod user;
@@ -76,6 +77,7 @@ fn run(cli: &Cli) -> Result<bool> {
             Command::Boot,
             Command::User,
             Command::Programs,
+            Command::Smp,
             Command::Prompt,
             Command::Memory,
             Command::Exits,
@@ -93,11 +95,17 @@ fn run(cli: &Cli) -> Result<bool> {
         } else {
             512
         };
+        setup.cpus = if command == Command::Smp {
+            smp::CPUS
+        } else {
+            1
+        };
         let outcome = match command {
             Command::Boot => boot::run(&setup, &[Kind::AnyKvm, Kind::Tcg, Kind::Microvm])?,
             Command::User => user::run(&setup, Kind::AnyKvm)?,
             Command::Hot => hot::run(&setup)?,
             Command::Programs => programs::run(&setup)?,
+            Command::Smp => smp::run(&setup)?,
             Command::Qemu => qemu(&setup)?,
             Command::Exits => exits::run(&setup)?,
             Command::Prompt => prompt::run(&setup)?,

@@ -28,6 +28,8 @@ pub struct Setup {
     guest_bytes: Vec<u8>,
     /// Memory of the guests unless the user says how much, in MiB.
     pub default_memory: u32,
+    /// CPUs of the guests.
+    pub cpus: u32,
     /// Files of this run.
     pub work: TempDir,
 }
@@ -73,6 +75,7 @@ impl Setup {
             guest,
             guest_bytes,
             default_memory: 512,
+            cpus: 1,
             work,
         })
     }

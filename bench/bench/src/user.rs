@@ -13,9 +13,9 @@ use crate::table::{self, milliseconds, ratio};
 use crate::{Outcome, Result};
 
 /// The guest itself ends a workload after 180 s: a machine that says nothing for longer is stuck.
-const LIMIT: Duration = Duration::from_secs(240);
+pub const LIMIT: Duration = Duration::from_secs(240);
 /// How long a guest may take to its first line.
-const BOOT_LIMIT: Duration = Duration::from_secs(90);
+pub const BOOT_LIMIT: Duration = Duration::from_secs(90);
 /// By how much a guest's clock may differ from the host's over a run.
 const CLOCK_ERROR: f64 = 0.02;
 /// The classes of "integer and floating-point user code".
@@ -113,7 +113,10 @@ pub fn initrd(setup: &Setup) -> Result<PathBuf> {
 }
 
 /// The guest program's arguments for `what`; `list` names what there is.
-fn arguments(setup: &Setup, what: &str, list: &str) -> Result<String> {
+///
+/// # Errors
+/// If `--only` names something else.
+pub fn arguments(setup: &Setup, what: &str, list: &str) -> Result<String> {
     let (repetitions, divisor) = if setup.options.quick { (2, 4) } else { (5, 1) };
     let mut arguments = format!("{what} --reps {repetitions} --divide {divisor}");
     if !setup.options.only.is_empty() {
@@ -333,16 +336,7 @@ impl<'a> Suite<'a> {
             }
         }
         for (name, times) in &self.clocks {
-            let (guest, host) = total(times);
-            println!(
-                "clock of {name}: {guest:.2} s for {host:.2} s of the host ({:+.2} %){}",
-                (guest / host - 1.0) * 1e2,
-                if is_right(times) {
-                    ""
-                } else {
-                    "  WRONG: its figures mean nothing"
-                },
-            );
+            println!("{}", clock_line(name, times));
         }
         for workload in &self.workloads {
             for (kind, cell) in &workload.cells {
@@ -521,7 +515,7 @@ impl Workload {
 }
 
 /// The guest's clock in a record, in seconds, and when the host saw it.
-fn clock(record: &Record) -> Option<(f64, Instant)> {
+pub fn clock(record: &Record) -> Option<(f64, Instant)> {
     Some((record.value["monotonic_ns"].as_f64()? / 1e9, record.at))
 }
 
@@ -531,8 +525,22 @@ fn total(times: &[(f64, f64)]) -> (f64, f64) {
         .fold((0.0, 0.0), |sum, time| (sum.0 + time.0, sum.1 + time.1))
 }
 
+/// How fast the clock of the machine `name` went.
+pub fn clock_line(name: &str, times: &[(f64, f64)]) -> String {
+    let (guest, host) = total(times);
+    format!(
+        "clock of {name}: {guest:.2} s for {host:.2} s of the host ({:+.2} %){}",
+        (guest / host - 1.0) * 1e2,
+        if is_right(times) {
+            ""
+        } else {
+            "  WRONG: its figures mean nothing"
+        },
+    )
+}
+
 /// Whether the guest's clock went as fast as the host's, but for the console's delay.
-fn is_right(times: &[(f64, f64)]) -> bool {
+pub fn is_right(times: &[(f64, f64)]) -> bool {
     let (guest, host) = total(times);
     (guest - host).abs() <= CLOCK_ERROR * host + 0.05
 }

@@ -9,6 +9,8 @@
 //! - `list`: name them;
 //! - `programs [--root DIR] [...]`: the same for real programs, which DIR has on a host;
 //! - `list-programs`: name those;
+//! - `smp [...]`: run workloads on two CPUs beside one;
+//! - `list-smp`: name those;
 //! - `nothing`: end at once (what the workload `exec` executes).
 //!
 //! Results are lines `@bench {JSON}` on standard output; everything else there is the kernel's.
@@ -23,6 +25,7 @@ mod memory;
 mod programs;
 mod random;
 mod simd;
+mod smp;
 mod suite;
 mod sys;
 mod text;
@@ -44,7 +47,7 @@ fn main() -> ExitCode {
     } else {
         std::env::args().skip(1).collect()
     };
-    let result = run(&arguments);
+    let result = run(&arguments, guest);
     if let Err(why) = &result {
         eprintln!("bench_guest: {why}");
     }
@@ -57,7 +60,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(arguments: &[String]) -> Result<(), String> {
+fn run(arguments: &[String], guest: bool) -> Result<(), String> {
     let mut words = arguments.iter().map(String::as_str);
     match words.next() {
         Some("boot" | "nothing") => Ok(()),
@@ -79,13 +82,18 @@ fn run(arguments: &[String]) -> Result<(), String> {
             programs::list();
             Ok(())
         }
+        Some("list-smp") => {
+            smp::list();
+            Ok(())
+        }
+        Some("smp") => smp::run(&options(words)?.0, guest),
         Some("user") => suite::run(&options(words)?.0),
         Some("programs") => {
             let (options, root) = options(words)?;
             programs::run(&options, root.as_deref())
         }
         _ => Err(
-            "the first argument must be boot, idle, list, list-programs, nothing, programs or user"
+            "the first argument must be boot, idle, list, list-programs, list-smp, nothing, programs, smp or user"
                 .into(),
         ),
     }

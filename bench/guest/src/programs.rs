@@ -308,7 +308,7 @@ pub fn run(options: &Options, root: Option<&Path>) -> Result<(), String> {
                 .map_err(|e| format!("cannot make {}: {e}", work.display()))
                 .and_then(|()| program.measure(&root, &work, options));
             if let Err(why) = result {
-                suite::outcome((program.name, program.class), "failed", &why);
+                suite::outcome((program.name, program.class.name()), "failed", &why);
             }
             // What stays behind is in memory and goes with the machine.
             let _ = fs::remove_dir_all(&work);
@@ -339,7 +339,12 @@ impl Program {
                 break;
             }
         }
-        suite::result((self.name, self.class), checksum, Some(first), &times);
+        suite::result(
+            (self.name, self.class.name()),
+            checksum,
+            Some(first),
+            &times,
+        );
         Ok(())
     }
 

@@ -179,7 +179,7 @@ pub fn run(options: &Options) -> Result<(), String> {
                 measure(workload, options);
             })?;
             if let Some(why) = failed {
-                outcome((workload.name, workload.class), "failed", &why);
+                outcome((workload.name, workload.class.name()), "failed", &why);
             }
         }
     }
@@ -197,27 +197,25 @@ pub fn clock_record(kind: &str) {
 }
 
 /// Reports a workload that is `missing` or has `failed`.
-pub fn outcome((name, class): (&str, Class), kind: &str, why: &str) {
+pub fn outcome((name, class): (&str, &str), kind: &str, why: &str) {
     record(&format!(
-        r#"{{"record":"{kind}","name":"{name}","class":"{}","why":"{}"}}"#,
-        class.name(),
+        r#"{{"record":"{kind}","name":"{name}","class":"{class}","why":"{}"}}"#,
         why.replace(['"', '\\'], "'").escape_default()
     ));
 }
 
 /// Reports the times of a workload in nanoseconds, that of the first run apart if it stands for itself.
-pub fn result((name, class): (&str, Class), checksum: u64, first: Option<u64>, times: &[u64]) {
+pub fn result((name, class): (&str, &str), checksum: u64, first: Option<u64>, times: &[u64]) {
     let times: Vec<String> = times.iter().map(u64::to_string).collect();
     let first = first.map_or(String::new(), |time| format!(r#""first_ns":{time},"#));
     record(&format!(
-        r#"{{"record":"result","name":"{name}","class":"{}","checksum":"{checksum:016x}",{first}"ns":[{}]}}"#,
-        class.name(),
+        r#"{{"record":"result","name":"{name}","class":"{class}","checksum":"{checksum:016x}",{first}"ns":[{}]}}"#,
         times.join(",")
     ));
 }
 
 fn measure(workload: &Workload, options: &Options) {
-    let name = (workload.name, workload.class);
+    let name = (workload.name, workload.class.name());
     let mut task = match (workload.prepare)(options.size()) {
         Ok(task) => task,
         Err(why) => return outcome(name, "missing", &why),

@@ -37,30 +37,85 @@ pub fn now(clock: Clock) -> u64 {
 /// # Errors
 /// If there can be no child.
 pub fn in_child(work: impl FnOnce()) -> Result<Option<String>, String> {
-    // SAFETY: this program has one thread, so the child may do whatever the parent may.
-    match unsafe { libc::fork() } {
-        -1 => Err(format!("fork: {}", std::io::Error::last_os_error())),
-        0 => {
-            work();
-            std::process::exit(0)
+    in_children([work])
+}
+
+/// Runs each of `works` in a child process of its own, at the same time; returns how the first of
+/// them failed, which ends the others, `None` if none did. There must be no other children.
+///
+/// # Errors
+/// If there can be no child.
+pub fn in_children<const N: usize>(works: [impl FnOnce(); N]) -> Result<Option<String>, String> {
+    let mut children = Vec::with_capacity(N);
+    for work in works {
+        // SAFETY: this program has one thread, so the child may do whatever the parent may.
+        match unsafe { libc::fork() } {
+            -1 => {
+                let why = format!("fork: {}", std::io::Error::last_os_error());
+                end(&children);
+                return Err(why);
+            }
+            0 => {
+                work();
+                std::process::exit(0)
+            }
+            child => children.push(child),
         }
-        child => {
-            let mut status = 0;
-            // SAFETY: `status` is an int to write to.
-            let waited = unsafe { libc::waitpid(child, &raw mut status, 0) };
-            Ok(if waited != child {
-                Some("its process was lost".into())
-            } else if libc::WIFSIGNALED(status) {
-                Some(match libc::WTERMSIG(status) {
-                    libc::SIGALRM => "took too long".into(),
-                    signal => format!("ended by signal {signal}"),
-                })
-            } else if libc::WEXITSTATUS(status) != 0 {
-                Some(format!("ended with code {}", libc::WEXITSTATUS(status)))
-            } else {
-                None
-            })
+    }
+    let mut first = None;
+    while !children.is_empty() {
+        let mut status = 0;
+        // SAFETY: `status` is an int to write to.
+        let ended = unsafe { libc::waitpid(-1, &raw mut status, 0) };
+        if ended == -1 {
+            return Ok(first.or(Some("its process was lost".into())));
         }
+        children.retain(|&child| child != ended);
+        if let Some(why) = failure(status)
+            && first.is_none()
+        {
+            first = Some(why);
+            end(&children);
+        }
+    }
+    Ok(first)
+}
+
+fn end(children: &[i32]) {
+    for &child in children {
+        // SAFETY: changes no memory; the child has not been waited for, so the number is its own.
+        unsafe { libc::kill(child, libc::SIGKILL) };
+    }
+}
+
+/// How a process with this status failed.
+fn failure(status: i32) -> Option<String> {
+    if libc::WIFSIGNALED(status) {
+        Some(match libc::WTERMSIG(status) {
+            libc::SIGALRM => "took too long".into(),
+            signal => format!("ended by signal {signal}"),
+        })
+    } else if libc::WEXITSTATUS(status) != 0 {
+        Some(format!("ended with code {}", libc::WEXITSTATUS(status)))
+    } else {
+        None
+    }
+}
+
+/// Binds this thread to one CPU.
+///
+/// # Errors
+/// If there is no such CPU.
+pub fn bind_to_cpu(cpu: usize) -> std::io::Result<()> {
+    // SAFETY: all zeros is an empty set of CPUs.
+    let result = unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(cpu, &mut set);
+        libc::sched_setaffinity(0, size_of_val(&set), &raw const set)
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
     }
 }
 
