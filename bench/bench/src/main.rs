@@ -12,6 +12,7 @@ mod facts;
 mod hot;
 mod machine;
 mod memory;
+mod others;
 mod programs;
 mod prompt;
 mod setup;

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::machine::{Kind, Machine};
+use crate::others::Others;
 use crate::setup::Setup;
 use crate::statistics::{geometric_mean, least, median};
 use crate::table::{self, milliseconds, ratio};
@@ -19,34 +20,64 @@ const COMPUTE: [&str; 2] = ["processes", "threads"];
 /// What two CPUs are to do beside one, and what is aimed at.
 const BAR: f64 = 1.8;
 const GOAL: f64 = 1.95;
+/// How many CPUs other processes may use, on average, while a workload runs: then it was disturbed.
+const DISTURBED: f64 = 0.05;
 
-/// What a machine did with a workload; the repetitions of all rounds, in milliseconds.
-#[derive(Default)]
-struct Cell {
+/// One round of a workload; times of its repetitions, in milliseconds.
+struct Round {
     /// One copy, the other CPU idle.
     alone: Vec<f64>,
     /// Two copies at once, until both are ready.
     together: Vec<f64>,
+    /// How many CPUs other processes used meanwhile.
+    others: f64,
+}
+
+/// What a machine did with a workload.
+#[derive(Default)]
+struct Cell {
+    rounds: Vec<Round>,
     checksum: Option<String>,
     failed: Option<String>,
 }
 
 impl Cell {
+    /// Whether no round had the machine to itself. If one had, only such rounds count.
+    fn is_disturbed(&self) -> bool {
+        !self.rounds.is_empty() && self.rounds.iter().all(|round| round.others > DISTURBED)
+    }
+
+    /// Times of the rounds that count.
+    fn times(&self, times: fn(&Round) -> &Vec<f64>) -> Vec<f64> {
+        let disturbed = self.is_disturbed();
+        let counts = |round: &&Round| disturbed || round.others <= DISTURBED;
+        let rounds = self.rounds.iter().filter(counts);
+        rounds.flat_map(times).copied().collect()
+    }
+
+    fn alone(&self) -> Vec<f64> {
+        self.times(|round| &round.alone)
+    }
+
+    fn together(&self) -> Vec<f64> {
+        self.times(|round| &round.together)
+    }
+
     /// How much more the machine does in the same time with two copies: repetition by repetition,
     /// as what disturbs the machine comes and goes.
     fn scale(&self) -> Option<f64> {
-        let scales: Vec<f64> = self
-            .alone
+        let (alone, together) = (self.alone(), self.together());
+        let scales: Vec<f64> = alone
             .iter()
-            .zip(&self.together)
+            .zip(&together)
             .map(|(alone, together)| f64::from(CPUS) * alone / together)
             .collect();
         median(&scales)
     }
 
-    /// The same from the least times: on a busy machine they were disturbed least.
+    /// The same from the least times, which were disturbed least.
     fn least_scale(&self) -> Option<f64> {
-        Some(f64::from(CPUS) * least(&self.alone)? / least(&self.together)?)
+        Some(f64::from(CPUS) * least(&self.alone())? / least(&self.together())?)
     }
 }
 
@@ -63,18 +94,21 @@ impl Workload {
     }
 
     fn alone(&self, kind: Kind) -> Option<f64> {
-        median(&self.cells.get(kind.name())?.alone)
+        median(&self.cells.get(kind.name())?.alone())
     }
 
     /// How it scales on `kind`, and what part that is of how it does natively.
     fn shown(&self, kind: Kind) -> [String; 2] {
-        let failed = |cell: &Cell| cell.failed.is_some();
-        if self.cells.get(kind.name()).is_some_and(failed) {
+        let Some(cell) = self.cells.get(kind.name()) else {
+            return [ratio(None), ratio(None)];
+        };
+        if cell.failed.is_some() {
             return ["FAILED".into(), "-".into()];
         }
-        let scale = self.scale(kind);
-        let part = scale.zip(self.scale(Kind::Native)).map(|(a, b)| a / b);
-        [scale, part].map(ratio)
+        let part = cell.scale().zip(self.scale(Kind::Native));
+        let mark = if cell.is_disturbed() { "?" } else { "" };
+        let part = part.map(|(a, b)| a / b);
+        [mark.to_owned() + &ratio(cell.scale()), ratio(part)]
     }
 }
 
@@ -132,13 +166,17 @@ impl Suite {
     fn follow(&mut self, kind: Kind, mut machine: Machine) -> Result<()> {
         let mut start: Option<(f64, Instant)> = None;
         let mut limit = BOOT_LIMIT;
+        let mut others = Others::new(machine.pid());
         loop {
             let record = machine
                 .record(limit)
                 .map_err(|end| machine.describe(&end))?;
             limit = LIMIT;
             match record.kind() {
-                "start" => start = user::clock(&record),
+                "start" => {
+                    start = user::clock(&record);
+                    others.look();
+                }
                 "end" => {
                     if let Some(((guest, host), (end, at))) = start.zip(user::clock(&record)) {
                         let times = (end - guest, (at - host).as_secs_f64());
@@ -147,13 +185,16 @@ impl Suite {
                     machine.ended_within(Duration::from_secs(5));
                     return Ok(());
                 }
-                "result" | "failed" => self.take(kind, &record.value),
+                "result" | "failed" => {
+                    let others = others.look().unwrap_or(0.0);
+                    self.take(kind, &record.value, others);
+                }
                 _ => {}
             }
         }
     }
 
-    fn take(&mut self, kind: Kind, record: &Value) {
+    fn take(&mut self, kind: Kind, record: &Value, others: f64) {
         let text = |field: &str| record[field].as_str().map(str::to_owned);
         let times = |field: &str| {
             let times = record[field].as_array().into_iter().flatten();
@@ -175,8 +216,11 @@ impl Suite {
             }
         };
         let cell = self.workloads[at].cells.entry(kind.name()).or_default();
-        cell.alone.extend(times("alone_ns"));
-        cell.together.extend(times("together_ns"));
+        cell.rounds.push(Round {
+            alone: times("alone_ns"),
+            together: times("together_ns"),
+            others,
+        });
         let checksum = text("checksum");
         if cell.checksum.is_some() && checksum.is_some() && cell.checksum != checksum {
             cell.failed = Some("two rounds computed different results".into());
@@ -196,8 +240,7 @@ impl Suite {
                     cell.failed = Some("WRONG RESULT".into());
                 }
                 if cell.failed.is_some() {
-                    cell.alone.clear();
-                    cell.together.clear();
+                    cell.rounds.clear();
                 }
             }
         }
@@ -321,8 +364,18 @@ impl Suite {
                     .cells
                     .iter()
                     .map(|(kind, cell)| {
+                        let rounds: Vec<Value> = cell
+                            .rounds
+                            .iter()
+                            .map(|round| {
+                                json!({
+                                    "alone_ms": round.alone, "together_ms": round.together,
+                                    "cpus_others_used": round.others,
+                                })
+                            })
+                            .collect();
                         let value = json!({
-                            "alone_ms": cell.alone, "together_ms": cell.together,
+                            "rounds": rounds, "disturbed": cell.is_disturbed(),
                             "scale": cell.scale(), "least_scale": cell.least_scale(),
                             "checksum": cell.checksum,
                             "failed": cell.failed,
@@ -368,8 +421,8 @@ mod tests {
         let mut suite = Suite::default();
         // All but the last are twice as fast with two; the machine became slower on the way.
         let record = result("1", [100, 200, 200], [100, 200, 400]);
-        suite.take(Kind::Native, &record);
-        suite.take(Kind::AnyKvm, &result("1", [300; 3], [400; 3]));
+        suite.take(Kind::Native, &record, 0.0);
+        suite.take(Kind::AnyKvm, &result("1", [300; 3], [400; 3]), 0.0);
         suite.compare_results();
         let shown = suite.workloads[0].shown(Kind::AnyKvm);
         assert_eq!(suite.workloads[0].scale(Kind::Native), Some(2.0));
@@ -378,10 +431,19 @@ mod tests {
     }
 
     #[test]
+    fn a_disturbed_round_counts_only_if_all_are() {
+        let mut suite = Suite::default();
+        suite.take(Kind::Native, &result("1", [100; 3], [200; 3]), 0.9);
+        assert_eq!(suite.workloads[0].shown(Kind::Native)[0], "?1.00x");
+        suite.take(Kind::Native, &result("1", [100; 3], [100; 3]), 0.01);
+        assert_eq!(suite.workloads[0].shown(Kind::Native)[0], "2.00x");
+    }
+
+    #[test]
     fn a_wrong_result_does_not_score() {
         let mut suite = Suite::default();
-        suite.take(Kind::Native, &result("1", [100; 3], [100; 3]));
-        suite.take(Kind::AnyKvm, &result("2", [100; 3], [100; 3]));
+        suite.take(Kind::Native, &result("1", [100; 3], [100; 3]), 0.0);
+        suite.take(Kind::AnyKvm, &result("2", [100; 3], [100; 3]), 0.0);
         suite.compare_results();
         assert_eq!(suite.workloads[0].shown(Kind::AnyKvm), ["FAILED", "-"]);
         assert_eq!(suite.summary()[0].1, [Some(2.0), None, None]);
@@ -394,8 +456,8 @@ mod tests {
         let failed = json!({
             "record": "failed", "name": "sha256", "class": "processes", "why": "took too long",
         });
-        suite.take(Kind::AnyKvm, &failed);
-        suite.take(Kind::AnyKvm, &result("1", [100; 3], [100; 3]));
+        suite.take(Kind::AnyKvm, &failed, 0.0);
+        suite.take(Kind::AnyKvm, &result("1", [100; 3], [100; 3]), 0.0);
         suite.compare_results();
         assert_eq!(suite.workloads[0].scale(Kind::AnyKvm), None);
         assert!(!suite.is_good());
