@@ -329,6 +329,12 @@ impl Asm {
         self.buf[pos..pos + 4].copy_from_slice(&rel.to_le_bytes());
     }
 
+    /// Binds a rel32 to an absolute address within 2 GiB.
+    pub fn bind_abs(&mut self, pos: usize, target: u64) {
+        let rel = target.wrapping_sub(self.base + pos as u64 + 4) as u32;
+        self.buf[pos..pos + 4].copy_from_slice(&rel.to_le_bytes());
+    }
+
     /// Binds a rel8 to here.
     pub fn bind8(&mut self, pos: usize) {
         let rel = self.here() - pos - 1;

@@ -106,6 +106,8 @@ const FSGSBASE: u32 = 1 << 16;
 const SEGMENTED: u32 = 1 << 17;
 /// System-management mode, where the same addresses may hold other code.
 const SMM: u32 = 1 << 18;
+/// How many instructions a block is made of that another could not do in the common way.
+const APART: u32 = 0x7f << 24;
 
 fn flat(s: &Segment) -> bool {
     // Present, base 0, 4 GiB, and for data: expand-up and writable or readable code.
@@ -302,6 +304,16 @@ impl Context {
     pub fn pairs_calls(self) -> bool {
         let between = !self.user() && self.0 & SMAP != 0 && self.0 & AC != 0;
         !self.segmented() && self.code_size() != CodeSize::Bits16 && !between
+    }
+    /// The context, as a key, of a block of the next `n` (1 to 64) instructions alone; see
+    /// [`crate::frontend::Decoded::apart`].
+    pub fn with_apart(self, n: u32) -> Context {
+        Context(self.0 & !APART | n << APART.trailing_zeros() & APART)
+    }
+    /// The context without that, and how many instructions, or 0.
+    pub fn split_apart(self) -> (Context, usize) {
+        let n = (self.0 & APART) >> APART.trailing_zeros();
+        (Context(self.0 & !APART), n as usize)
     }
     /// Nothing is translated.
     pub fn interpret_only(self) -> bool {

@@ -137,6 +137,22 @@ pub struct Decoded {
     /// Offsets in the page that it jumps to and where an instruction reaches into the next page: those are reached
     /// through the jump cache only.
     pub crossing: Vec<u16>,
+    /// It has what a group of another block, or its one write, could not do in the common way: each access has a
+    /// probe of its own, and a write a copy behind the block.
+    pub apart: bool,
+}
+
+impl Decoded {
+    /// Shortens it to the first `n` instructions of a group.
+    pub fn keep_apart(&mut self, n: usize) {
+        if let Some(next) = self.ops.get(n) {
+            self.end = next.off;
+            self.closed = false;
+            self.before_crossing = false;
+            self.ops.truncate(n);
+        }
+        self.apart = true;
+    }
 }
 
 /// iced's bitness.
@@ -225,6 +241,7 @@ pub fn decode(page: &[u8], start: usize, ctx: Context) -> Option<Decoded> {
         live_in,
         fpu,
         crossing: seen.crossing,
+        apart: false,
     })
 }
 

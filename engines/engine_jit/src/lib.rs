@@ -22,6 +22,7 @@ pub mod fuzz;
 mod layout;
 mod liveness;
 mod lookup;
+mod miss;
 mod perf;
 mod recent;
 mod refill;

@@ -70,6 +70,7 @@ impl Log {
             (stubs.poll, "poll"),
             (stubs.dead, "dead"),
             (stubs.fault, "fault"),
+            (stubs.miss[0].fill[0], "miss"),
             (stubs.commit, "commit"),
             (stubs.load_fpu, "load_fpu"),
         ];

@@ -35,6 +35,8 @@ pub struct Runner<'a> {
     written: Written,
     stats: &'a mut Stats,
     recent: &'a mut Recent,
+    /// The last access that [`Self::fill`] refused was a write to a page of code.
+    holds_code: bool,
 }
 
 /// Why there is no block.
@@ -74,6 +76,7 @@ impl<'a> Runner<'a> {
             written: Written::default(),
             stats,
             recent,
+            holds_code: false,
         }
     }
 
@@ -523,6 +526,8 @@ impl<'a> Runner<'a> {
         pages: &mut [u8],
     ) -> Result<Translation, NoBlock> {
         let (gfn, start) = (phys >> 12, (phys & 0xfff) as usize);
+        let key = ctx.0;
+        let (ctx, apart) = ctx.split_apart();
         self.claim(cache, phys).ok_or(NoBlock::Leave)?;
         for _ in 0..MAX_READS {
             let (page, next) = pages.split_at_mut(4096);
@@ -549,6 +554,12 @@ impl<'a> Runner<'a> {
             if !same {
                 continue;
             }
+            let mut decoded = decoded;
+            if apart != 0 {
+                decoded.keep_apart(apart);
+            }
+            // Nothing can be linked to one that crosses a page.
+            decoded.apart |= second.is_some();
             let base = cache.arena.next();
             let code = translate(&decoded, ctx, &self.world.stubs, base, self.world.bmi2);
             self.stats.translated += decoded.ops.len() as u64;
@@ -559,7 +570,7 @@ impl<'a> Runner<'a> {
             let block = Translation {
                 phys,
                 stop: decoded.end.min(4096),
-                ctx: ctx.0,
+                ctx: key,
                 indirect: at,
                 direct: code.direct as u16,
                 direct_fpu: code.direct_fpu as u16,
@@ -719,6 +730,7 @@ impl<'a> Runner<'a> {
         };
         if write && self.world.note_write(flags) {
             if !beside {
+                self.holds_code = true;
                 return false;
             }
             if !self.forgive(which, gva, page) {

@@ -51,6 +51,10 @@ pub struct Stubs {
     pub enter: u64,
     /// See [`Helpers`]; the ones reached by `call` have inline data behind the call.
     pub link: u64,
+    /// The same with live flags in EFLAGS.
+    pub link_flags: u64,
+    /// The same for a return that has landed; T is the linear address.
+    pub land: u64,
     /// Reached by `jmp`.
     pub jump: u64,
     /// The same with `VcpuMem::branch` set.
@@ -58,6 +62,10 @@ pub struct Stubs {
     /// Reached by `jmp`, by TLB, with `VcpuMem::branch` set: looks the linear address in T up in the
     /// second-level jump cache; else goes on to `jump_from`.
     pub level2: [u64; 3],
+    /// The same for a direct branch, which sets `VcpuMem::branch` to 0.
+    pub level2_direct: [u64; 3],
+    /// The same with the branch word in I.
+    pub level2_branch: [u64; 3],
     /// `jmp`, by TLB: a return that has landed elsewhere than at its call's landing place. T holds its
     /// target, I its branch word, flags are in memory. Looks whether an outer call is the one that it returns
     /// from.
@@ -66,12 +74,18 @@ pub struct Stubs {
     pub lookup: [u64; 3],
     /// Where a return on an empty stack goes.
     pub empty: u64,
-    /// Reached by `call`.
+    /// Reached by `call`, of the stubs in [`crate::miss`].
     pub memory: u64,
+    /// By TLB, reached by `call`; see [`crate::miss`].
+    pub miss: [Misses; 3],
     /// Reached by `call`.
     pub interpret: u64,
     /// Reached by `call`.
     pub poll: u64,
+    /// The same with live flags in EFLAGS.
+    pub poll_flags: u64,
+    /// The same with RCX in T.
+    pub poll_flags_rcx: u64,
     /// Reached by `call`, with the block's page offset behind it.
     pub dead: u64,
     /// The same with live flags in EFLAGS.
@@ -92,6 +106,21 @@ pub struct Stubs {
     pub wrote_back: u64,
     /// `call`: loads the guest's FPU state. Clobbers nothing but T and I.
     pub load_fpu: u64,
+}
+
+/// Stubs of [`crate::miss`] for one TLB.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Misses {
+    /// By access: what only fills the TLB.
+    pub fill: [u64; 2],
+    /// By access: of a group.
+    pub group: [u64; 2],
+    /// By size class: a read that may cross a page.
+    pub read: [u64; 4],
+    /// By size class: a write with a copy of its instruction behind the call.
+    pub write: [u64; 4],
+    /// A write that has a copy in a block of its own.
+    pub apart: u64,
 }
 
 /// Emits all stubs. `avx`: the host has AVX enabled.
@@ -190,12 +219,24 @@ pub fn emit(a: &mut Asm, helpers: &Helpers, avx: bool) -> Stubs {
         at
     };
     s.link = exit(a, helpers.link, Entry::Call);
+    s.link_flags = a.pc();
+    flags::save(a);
+    a.jmp_to(s.link);
+    s.land = a.pc();
+    a.alu_imm(Size::Q, 4, T, -4096);
+    a.store(Size::Q, Mem::Gs(off::PC_BASE), T);
+    a.jmp_to(s.link);
     s.jump = a.pc();
     a.store_imm(Size::D, Mem::Gs(off::BRANCH), 0);
     s.jump_from = exit(a, helpers.jump, Entry::Jump);
     for which in 0..3 {
+        s.level2_branch[which] = a.pc();
+        a.store(Size::D, Mem::Gs(off::BRANCH), I);
         s.level2[which] = a.pc();
         lookup_level2(a, which, s.jump_from);
+        s.level2_direct[which] = a.pc();
+        a.store_imm(Size::D, Mem::Gs(off::BRANCH), 0);
+        a.jmp_to(s.level2[which]);
         s.astray[which] = a.pc();
         for i in 0..SEARCH {
             a.op_mem(Size::Q, &[0x3b], T, at(reg::RSP, 16 * i + 8)); // cmp
@@ -218,6 +259,11 @@ pub fn emit(a: &mut Asm, helpers: &Helpers, avx: bool) -> Stubs {
     s.memory = exit(a, helpers.memory, Entry::Call);
     s.interpret = exit(a, helpers.interpret, Entry::Call);
     s.poll = exit(a, helpers.poll, Entry::Call);
+    s.poll_flags_rcx = a.pc();
+    a.mov(reg::RCX, T);
+    s.poll_flags = a.pc();
+    flags::save(a);
+    a.jmp_to(s.poll);
     s.dead = exit(a, helpers.dead, Entry::Call);
     s.dead_flags = a.pc();
     flags::save(a);
@@ -245,6 +291,7 @@ pub fn emit(a: &mut Asm, helpers: &Helpers, avx: bool) -> Stubs {
             }
         }
     }
+    crate::miss::emit(a, &mut s);
     s.commit = a.pc();
     commit(a, wrote);
     s

@@ -5,7 +5,9 @@
 
 use super::*;
 use crate::layout::{branch_of, jump_index};
+use crate::miss;
 use crate::stubs::Helpers;
+use crate::translate::link;
 
 /// The helpers' addresses.
 pub const HELPERS: Helpers = Helpers {
@@ -57,25 +59,44 @@ extern "sysv64" fn helper_interpret(vm: *mut VcpuMem, ret: *const u8) -> u64 {
 
 extern "sysv64" fn helper_memory(vm: *mut VcpuMem, ret: *const u8) -> u64 {
     // SAFETY: called by the stub with its contract.
-    let (r, w, retry) = unsafe { (runner(vm), word(ret), relative(ret.add(4))) };
+    let (r, w) = unsafe { (runner(vm), word(ret.sub(miss::META))) };
+    // SAFETY: as above. A group has its span there, and never gets that far.
+    let resume = unsafe { relative(ret.sub(miss::SECOND)) };
     let epoch = r.epoch();
     let gva = r.vm.t;
     if r.fill_access(gva, w) && r.epoch() == epoch {
         if w & meta::FPU == 0 {
             r.vm.fpu_reload = 0;
         }
-        return retry;
+        // Carry is clear when translated code goes on: try again.
+        return ret as u64;
     }
-    r.interpret(w, &[], ret as u64 + 8)
+    let holds_code = std::mem::take(&mut r.holds_code);
+    if w & meta::GROUP != 0 || w & meta::APART != 0 && holds_code {
+        if w & meta::FPU == 0 {
+            r.vm.fpu_reload = 0;
+        }
+        // Over the jump back: what leads to the block apart.
+        return ret as u64 + 6;
+    }
+    let to = r.interpret(w, &[], resume);
+    if to == resume && w & meta::HOST_FLAGS != 0 {
+        r.vm.ret_addr = resume;
+        return r.world.stubs.wrote_back;
+    }
+    to
 }
 
 extern "sysv64" fn helper_link(vm: *mut VcpuMem, ret: *const u8) -> u64 {
     // SAFETY: called by the stub with its contract.
     let (r, w) = unsafe { (runner(vm), word(ret)) };
-    // SAFETY: as above: where the displacement is, and where it leads now.
-    let (site, exit) = unsafe { (relative(ret.add(4)), relative(ret.add(8))) };
+    // SAFETY: as above.
+    let low = unsafe { ret.add(4).cast::<u16>().read_unaligned() };
+    let distance = u64::from(w >> link::DISTANCE_SHIFT << 16 | u32::from(low));
+    // Where the displacement is, and where it leads now: to the call.
+    let (site, exit) = (ret as u64 - distance, ret as u64 - 5);
     r.stats.links += 1;
-    let ctx = Context(r.vm.ctx);
+    let ctx = Context(r.vm.ctx).with_apart(w >> link::APART_SHIFT & 0x7f);
     let offset = w & 0xfff;
     r.sync(offset);
     let world = r.world;
@@ -89,9 +110,9 @@ extern "sysv64" fn helper_link(vm: *mut VcpuMem, ret: *const u8) -> u64 {
         && let Some(page) = cache.get(source).filter(live).map(|b| b.phys & !0xfff)
     {
         let epoch = world.epoch();
-        let fpu = w & meta::FPU != 0;
+        let fpu = w & link::FPU != 0;
         let found = r.block_in(&mut cache, page | u64::from(offset), None, ctx, |b| {
-            let entry = match (w & meta::LANDS != 0, fpu && b.fpu()) {
+            let entry = match (w & link::LANDS != 0, fpu && b.fpu()) {
                 (true, _) => b.indirect,
                 (false, true) => b.direct_fpu(),
                 (false, false) => b.direct(),

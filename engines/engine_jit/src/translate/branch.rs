@@ -24,6 +24,7 @@ impl Tx<'_> {
                 target: target as u16,
                 save: op.live_target != 0,
                 fpu: self.block.fpu,
+                apart: 0,
             });
         } else {
             self.cold.push(Cold::Taken {
@@ -58,6 +59,7 @@ impl Tx<'_> {
             target: target as u16,
             save: live != 0,
             fpu: self.block.fpu,
+            apart: 0,
         });
     }
 
@@ -233,6 +235,7 @@ impl Tx<'_> {
             target,
             save: op.live_target != 0,
             fpu: self.block.fpu,
+            apart: 0,
         });
         if let Some(jump) = poll {
             self.cold.push(Cold::CallPoll {

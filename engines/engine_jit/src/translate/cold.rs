@@ -15,12 +15,13 @@ pub(super) enum Cold {
     /// The probe of a group of accesses failed.
     Group(GroupMiss),
     /// A direct jump that is not linked: the jump's displacement, page offset of the target,
-    /// whether EFLAGS must be saved.
+    /// whether EFLAGS must be saved; of how many instructions alone, or 0.
     Link {
         site: usize,
         target: u16,
         save: bool,
         fpu: bool,
+        apart: usize,
     },
     /// The attention flag is up: jump to bind, page offset where execution stops.
     Poll {
@@ -75,8 +76,8 @@ pub(super) enum Bounce {
     Never,
     /// It reads from the bounce buffer.
     Read,
-    /// A copy of the instruction works on the bounce buffer, which is written back, or on a page that holds
-    /// code, which is looked after.
+    /// A copy of the instruction, in a block of its own, works on the bounce buffer, which is written back, or on a
+    /// page that holds code, which is looked after.
     Write,
 }
 
@@ -84,9 +85,9 @@ pub(super) enum Bounce {
 #[derive(Clone, Copy)]
 pub(super) struct PendingMiss {
     pub(super) jump: usize,
-    pub(super) tag: i32,
     pub(super) meta: u32,
     pub(super) retry: usize,
+    pub(super) write: bool,
     /// Where the code behind the probe starts.
     pub(super) access: usize,
     pub(super) size: usize,
@@ -95,20 +96,16 @@ pub(super) struct PendingMiss {
     pub(super) flags: Flags,
 }
 
-/// A group whose copy is not emitted yet.
+/// A group whose miss is not emitted yet.
 pub(super) struct GroupMiss {
     pub(super) jump: usize,
-    pub(super) tag: i32,
     pub(super) retry: usize,
     /// Bytes that the probe covers.
     pub(super) span: usize,
     pub(super) write: bool,
     pub(super) ops: std::ops::Range<usize>,
-    /// Where the flags are before the group, and behind it.
+    /// Where the flags are before the group.
     pub(super) before: Flags,
-    pub(super) after: Flags,
-    pub(super) live_after: u32,
-    pub(super) resume: usize,
 }
 
 impl Tx<'_> {
@@ -121,87 +118,112 @@ impl Tx<'_> {
         }
     }
 
-    /// Behind the block: an access that crosses a page takes the bounce buffer if both pages are in the
-    /// TLB, a write to a page with code goes on if that page is in the code-write TLB, and another stub tries
-    /// to fill the TLB; everything else goes to the helper.
-    pub(super) fn emit_miss(&mut self, m: PendingMiss, op: usize, resume: usize, reload: bool) {
-        self.a.bind(m.jump);
-        self.a.op_mem(Size::Q, &[0x03], T, Mem::GsBase(I, m.tag)); // add: T is the address again
-        let mut meta = m.meta;
-        let mut crosses = None;
-        if m.bounce == Bounce::Write {
-            self.a.lea(I, at(T, m.size as i32 - 1));
-            self.a.op_reg(Size::Q, &[0x31], T, I); // xor
-            self.a.shr(I, 12);
-            self.emit_bounce(&m, op, resume);
-            let filled = self.a.jcc(cc::E);
-            self.a.bind_to(filled, m.retry);
-            meta |= meta::BOUNCE;
-        } else if m.size > 1 {
-            self.a.lea(I, at(T, m.size as i32 - 1));
-            self.a.op_reg(Size::Q, &[0x31], T, I); // xor
-            self.a.shr(I, 12);
-            if m.bounce == Bounce::Never {
-                crosses = Some(self.a.jcc(cc::NE));
-            } else {
-                let inside = self.a.jcc(cc::E);
-                self.emit_bounce(&m, op, resume);
-                crosses = Some(self.a.jmp());
-                self.a.bind(inside);
-                meta |= meta::BOUNCE;
-            }
+    /// The call of a stub of [`crate::miss`], with its words before it.
+    fn call_miss(&mut self, jump: usize, words: [u32; 2], stub: u64) {
+        for word in words {
+            self.a.d32(word);
         }
-        if m.bounce != Bounce::Write {
-            let write = usize::from(m.meta & meta::WRITE != 0);
-            self.a.call_to(self.stubs.refill[self.ctx.tlb()][write]);
-            let filled = self.a.jcc(cc::AE);
-            self.a.bind_to(filled, m.retry);
-        }
-        if let Some(crosses) = crosses {
-            self.a.bind(crosses);
-        }
-        self.a.call_to(self.stubs.memory);
-        self.a.d32(meta);
-        let here = self.a.here();
-        self.a.d32((m.retry as i64 - here as i64) as i32 as u32);
-        if reload {
-            flags::restore(&mut self.a);
-        }
-        let pos = self.a.jmp();
-        self.a.bind_to(pos, resume);
+        self.a.bind(jump);
+        self.a.call_to(stub);
     }
 
-    /// An access that crosses a page, by way of the bounce buffer, or a write to a page that may hold code;
-    /// goes on behind if that cannot be, then with the zero flag set if the probe is to be tried again.
-    fn emit_bounce(&mut self, m: &PendingMiss, op: usize, resume: usize) {
+    /// Behind the block: an access that crosses a page takes the bounce buffer if both pages are in the
+    /// TLB, a write to a page with code goes on if that page is in the code-write TLB, and otherwise the stub tries
+    /// to fill the TLB; everything else goes to the helper.
+    fn emit_miss(&mut self, m: PendingMiss, op: usize, resume: usize, reload: bool) {
+        let stubs = self.stubs.miss[self.ctx.tlb()];
         let class = m.size.next_power_of_two().max(8).trailing_zeros() as usize - 3;
-        let write = usize::from(m.bounce == Bounce::Write);
-        self.a
-            .call_to(self.stubs.cross[self.ctx.tlb()][write][class]);
-        if m.bounce == Bounce::Read {
-            let pos = self.a.jcc(cc::AE);
-            self.a.bind_to(pos, m.access);
-            return;
+        let mut meta = m.meta | if reload { meta::HOST_FLAGS } else { 0 };
+        let stub = match m.bounce {
+            Bounce::Never => stubs.fill[usize::from(m.write)],
+            Bounce::Read => stubs.read[class],
+            Bounce::Write if self.block.apart => stubs.write[class],
+            Bounce::Write => stubs.apart,
+        };
+        match m.bounce {
+            Bounce::Never => {}
+            Bounce::Write if !self.block.apart => meta |= meta::APART,
+            Bounce::Read | Bounce::Write => meta |= meta::BOUNCE,
         }
-        let fails = self.a.jcc(cc::B);
+        let distance = resume as i64 - (self.a.here() as i64 + 4);
+        self.call_miss(m.jump, [meta, distance as i32 as u32], stub);
         let block = self.block;
-        if let Some(op) = block.ops.get(op)
-            && let Some(o) = self.operands(op)
-        {
+        match m.bounce {
+            Bounce::Never => {}
+            Bounce::Read => {
+                let bounced = self.a.jcc(cc::B);
+                self.a.bind_to(bounced, m.access);
+            }
+            Bounce::Write => {
+                let again = self.a.jcc(cc::AE);
+                self.a.bind_to(again, m.retry);
+                let Some(op) = block.ops.get(op) else { return };
+                self.flags = m.flags;
+                if block.apart {
+                    self.copy_write(op, m.meta, resume);
+                } else {
+                    self.go_apart(op, 1);
+                }
+                return;
+            }
+        }
+        let again = self.a.jmp();
+        self.a.bind_to(again, m.retry);
+    }
+
+    /// The copy of an instruction that writes to the operand at I + T, which the `commit` stub looks after.
+    fn copy_write(&mut self, op: &Op, meta: u32, resume: usize) {
+        if let Some(o) = self.operands(op) {
             self.map.push((self.a.here() as u32, op.off));
-            self.flags = m.flags;
             self.with_memory(op, &o);
             let host = if self.flags == Flags::Host {
                 meta::HOST_FLAGS
             } else {
                 0
             };
-            self.a.mov_imm(I, (m.meta | host).into());
+            self.a.mov_imm(I, (meta | host).into());
             self.a.call_to(self.stubs.commit);
-            let pos = self.a.jmp();
-            self.a.bind_to(pos, resume);
         }
-        self.a.bind(fails);
+        let pos = self.a.jmp();
+        self.a.bind_to(pos, resume);
+    }
+
+    /// Leaves the next `n` instructions, `op` the first, to a block of their own.
+    fn go_apart(&mut self, op: &Op, n: usize) {
+        self.restore_flags(op.live_before, false);
+        self.a.align_link(1);
+        let site = self.a.jmp();
+        self.cold.push(Cold::Link {
+            site,
+            target: op.off,
+            save: op.live_before != 0,
+            fpu: self.block.fpu,
+            apart: n,
+        });
+    }
+
+    /// Behind the block: what becomes of a group that its probe does not let through.
+    fn emit_group_miss(&mut self, m: GroupMiss) {
+        let block = self.block;
+        let Some(first) = block.ops.get(m.ops.start) else {
+            return;
+        };
+        let write = if m.write { meta::WRITE } else { 0 };
+        let meta = self.meta(first) | write | meta::APART | meta::GROUP | 1 << meta::SIZE_SHIFT;
+        let stub = self.stubs.miss[self.ctx.tlb()].group[usize::from(m.write)];
+        self.call_miss(m.jump, [meta, m.span as u32], stub);
+        let again = self.a.jcc(cc::AE);
+        self.a.bind_to(again, m.retry);
+        self.flags = m.before;
+        self.go_apart(first, m.ops.len());
+    }
+
+    /// The call of a `link` stub at offset `exit`, for the jump whose displacement is at `site`.
+    fn call_link(&mut self, stub: u64, site: usize, word: u32) {
+        self.a.call_to(stub);
+        let distance = (self.a.here() - site) as u32;
+        self.a.d32(word | distance >> 16 << link::DISTANCE_SHIFT);
+        self.a.bytes(&(distance as u16).to_le_bytes());
     }
 
     pub(super) fn emit_one(&mut self, c: Cold) {
@@ -236,18 +258,17 @@ impl Tx<'_> {
                 target,
                 save,
                 fpu,
+                apart,
             } => {
                 self.a.bind(site);
-                let exit = self.a.here();
-                if save {
-                    flags::save(&mut self.a);
-                }
-                self.a.call_to(self.stubs.link);
-                self.a
-                    .d32(u32::from(target) | if fpu { meta::FPU } else { 0 });
-                let here = self.a.here();
-                self.a.d32((site as i64 - here as i64) as i32 as u32);
-                self.a.d32((exit as i64 - here as i64 - 4) as i32 as u32);
+                let stub = if save {
+                    self.stubs.link_flags
+                } else {
+                    self.stubs.link
+                };
+                let fpu = if fpu { link::FPU } else { 0 };
+                let apart = (apart as u32) << link::APART_SHIFT;
+                self.call_link(stub, site, u32::from(target & 0xfff) | fpu | apart);
             }
             Cold::Poll {
                 jump,
@@ -256,13 +277,11 @@ impl Tx<'_> {
                 restore_rcx,
             } => {
                 self.a.bind(jump);
-                if restore_rcx {
-                    self.a.mov(reg::RCX, T);
-                }
-                if save {
-                    flags::save(&mut self.a);
-                }
-                self.a.call_to(self.stubs.poll);
+                self.a.call_to(match (save, restore_rcx) {
+                    (false, _) => self.stubs.poll,
+                    (true, false) => self.stubs.poll_flags,
+                    (true, true) => self.stubs.poll_flags_rcx,
+                });
                 self.a.d32(u32::from(target));
             }
             Cold::Lost {
@@ -270,15 +289,25 @@ impl Tx<'_> {
                 branch,
                 lands,
             } => {
+                let direct = self.stubs.level2_direct[self.ctx.tlb()];
+                if branch == 0 && lands.is_none() {
+                    for j in jumps {
+                        self.a.bind_abs(j, direct);
+                    }
+                    return;
+                }
                 for j in jumps {
                     self.a.bind(j);
                 }
                 if let Some(lands) = lands {
                     self.push_landing(lands);
                 }
-                self.a
-                    .store_imm(Size::D, Mem::Gs(off::BRANCH), branch as i32);
-                self.a.jmp_to(self.stubs.level2[self.ctx.tlb()]);
+                if branch == 0 {
+                    self.a.jmp_to(direct);
+                } else {
+                    self.a.mov_imm(I, branch.into());
+                    self.a.jmp_to(self.stubs.level2_branch[self.ctx.tlb()]);
+                }
             }
             Cold::CallPoll {
                 jump,
@@ -312,14 +341,7 @@ impl Tx<'_> {
             }
             Cold::Land { site, target } => {
                 self.a.bind(site);
-                let exit = self.a.here();
-                self.a.alu_imm(Size::Q, 4, T, -4096);
-                self.a.store(Size::Q, Mem::Gs(off::PC_BASE), T);
-                self.a.call_to(self.stubs.link);
-                self.a.d32(u32::from(target) | meta::LANDS);
-                let here = self.a.here();
-                self.a.d32((site as i64 - here as i64) as i32 as u32);
-                self.a.d32((exit as i64 - here as i64 - 4) as i32 as u32);
+                self.call_link(self.stubs.land, site, u32::from(target) | link::LANDS);
             }
             Cold::Taken { jump, target, live } => {
                 self.a.bind(jump);

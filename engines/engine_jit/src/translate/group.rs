@@ -3,8 +3,8 @@
 //! Functions save registers, fill frames and walk structures: consecutive instructions access memory at constant
 //! distances from one register. The first one's probe covers the whole span; while it holds, I points at the
 //! span's host address, and the accesses need no code but themselves. Where the span does not lie in
-//! one page that may be accessed as the group does, a copy of the group with a probe each, behind the
-//! block, takes its place.
+//! one page that may be accessed as the group does, a block of its own takes its place, in which each access has
+//! its probe.
 
 use super::cold::GroupMiss;
 use super::memory::Operands;
@@ -53,7 +53,7 @@ struct Touch {
 impl Tx<'_> {
     /// The group that starts with instruction `first`, if there is one worth it.
     pub(super) fn plan(&mut self, first: usize) -> Option<Plan> {
-        if !self.long() {
+        if !self.long() || self.block.apart {
             return None;
         }
         let block = self.block;
@@ -220,8 +220,7 @@ impl Tx<'_> {
         let Some(ops) = block.ops.get(first..plan.end) else {
             return first;
         };
-        let Some(last) = ops.last() else { return first };
-        self.save_flags(ops[0].live_before);
+        self.save_flags(ops.first().map_or(0, |op| op.live_before));
         let flags = self.flags;
         let retry = self.a.here();
         let low = plan.low as i32;
@@ -249,49 +248,15 @@ impl Tx<'_> {
             }
         }
         self.group = None;
-        let resume = self.a.here();
         self.cold.push(Cold::Group(GroupMiss {
             jump: probe.jump,
-            tag: probe.tag,
             retry,
             span,
             write: plan.write,
             ops: first..plan.end,
             before: flags,
-            after: self.flags,
-            live_after: last.live_after,
-            resume,
         }));
         plan.end
-    }
-
-    /// The copy of a group behind the block, with a probe for each access.
-    pub(super) fn emit_group_miss(&mut self, m: GroupMiss) {
-        self.a.bind(m.jump);
-        self.a.op_mem(Size::Q, &[0x03], T, Mem::GsBase(I, m.tag)); // add: T is the address again
-        self.a.lea(I, at(T, m.span as i32 - 1));
-        self.a.op_reg(Size::Q, &[0x31], T, I); // xor
-        self.a.shr(I, 12);
-        let crosses = self.a.jcc(cc::NE);
-        self.a
-            .call_to(self.stubs.refill[self.ctx.tlb()][usize::from(m.write)]);
-        let filled = self.a.jcc(cc::AE);
-        self.a.bind_to(filled, m.retry);
-        self.a.bind(crosses);
-        let block = self.block;
-        self.flags = m.before;
-        for op in block.ops.get(m.ops.clone()).into_iter().flatten() {
-            self.map.push((self.a.here() as u32, op.off));
-            self.op(op);
-        }
-        if m.live_after != 0 && self.flags != m.after {
-            match m.after {
-                Flags::Host => flags::restore(&mut self.a),
-                Flags::Memory => flags::save(&mut self.a),
-            }
-        }
-        let pos = self.a.jmp();
-        self.a.bind_to(pos, m.resume);
     }
 
     /// Where `at` bytes from the base of the current group lie, relative to I.

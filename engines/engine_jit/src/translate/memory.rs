@@ -112,9 +112,9 @@ impl Tx<'_> {
         };
         PendingMiss {
             jump,
-            tag,
             meta,
             retry,
+            write,
             access,
             size,
             bounce,

@@ -67,10 +67,25 @@ pub mod meta {
     pub const WRITE: u32 = 1 << 17;
     /// Behind the access, the guest's flags are in EFLAGS.
     pub const HOST_FLAGS: u32 = 1 << 20;
-    /// Of a link: it is made by a return that has landed, to the indirect entry.
-    pub const LANDS: u32 = 1 << 21;
+    /// The access has a block of its own where it crosses a page or writes to one that holds code.
+    pub const APART: u32 = 1 << 21;
+    /// It is a group of accesses, which has a block of its own for whatever its probe does not let through.
+    pub const GROUP: u32 = 1 << 22;
     /// Size of the access in bytes.
     pub const SIZE_SHIFT: u32 = 24;
+}
+
+/// Inline data behind a call of the `link` stubs: a word of these, and a half-word.
+pub mod link {
+    /// Page offset of the target: low 12 bits. The block has the FPU loaded.
+    pub const FPU: u32 = 1 << 12;
+    /// It is made by a return that has landed, to the indirect entry.
+    pub const LANDS: u32 = 1 << 13;
+    /// Of how many instructions a block of their own is wanted, 7 bits; 0: an ordinary block.
+    pub const APART_SHIFT: u32 = 14;
+    /// How far before the return address the jump's displacement lies, divided by 65,536; the rest is in the
+    /// half-word.
+    pub const DISTANCE_SHIFT: u32 = 21;
 }
 
 /// Carry alone, as sums of several words pass it on.
