@@ -140,7 +140,14 @@ impl Reader<'_> {
     }
 
     /// Seven bits a byte, the low ones first.
+    #[inline]
     fn number(&mut self) -> u32 {
+        if let [b, rest @ ..] = self.0
+            && *b < 0x80
+        {
+            self.0 = rest;
+            return (*b).into();
+        }
         let mut n = 0;
         for shift in (0..32).step_by(7) {
             let [b] = self.take();
@@ -232,6 +239,7 @@ impl Notes {
     }
 
     /// See [`Translation::imms`].
+    #[inline]
     pub fn imms(&self, b: &Block) -> impl Iterator<Item = Imm> {
         let mut r = self.read(b);
         if b.flags & SECOND != 0 {
@@ -258,6 +266,7 @@ impl Notes {
     }
 
     /// See [`Translation::peeked`].
+    #[inline]
     pub fn peeked(&self, b: &Block) -> impl Iterator<Item = (u16, u16)> {
         let mut r = self.behind_imms(b);
         (0..r.number()).map(move |_| (r.word(), r.word()))

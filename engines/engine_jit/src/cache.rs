@@ -2,11 +2,11 @@
 
 use crate::arena::Arena;
 use crate::block::{Block, Notes, Translation};
-use crate::code_page::CodePage;
+use crate::code_page::{CodePage, fold};
 use crate::lookup::Lookup;
 use crate::perf::Log;
 use crate::stubs::Stubs;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -57,9 +57,9 @@ const PATIENCE: u32 = 256;
 
 /// Bytes of a page that have changed.
 struct Changes {
-    /// Lines with a bit set in `bytes`.
+    /// Lines in which any have.
     lines: u64,
-    /// One bit per byte, by line.
+    /// One bit per byte, for those lines.
     bytes: [u64; 64],
 }
 
@@ -88,6 +88,10 @@ pub struct Cache {
     /// Room for the guest's bytes while they are translated.
     pub pages_read: Vec<u8>,
     doomed: Vec<u32>,
+    /// Room for [`Cache::changed`].
+    changes: Box<Changes>,
+    /// Addresses of blocks whose writes have copies.
+    copies: HashSet<u64, BuildHasherDefault<IntHasher>>,
 }
 
 /// Lines of a page that `[start, start + len)` touches.
@@ -197,6 +201,11 @@ impl Cache {
             patched: 0,
             pages_read: Vec::new(),
             doomed: Vec::new(),
+            changes: Box::new(Changes {
+                lines: 0,
+                bytes: [0; 64],
+            }),
+            copies: HashSet::default(),
         }
     }
 
@@ -270,12 +279,10 @@ impl Cache {
             self.kill(old);
         }
         let i = self.blocks.len();
-        for gfn in [Some(new.phys >> 12), new.second.map(|s| s.0)]
-            .into_iter()
-            .flatten()
-        {
+        let first = Some((new.phys >> 12, new.lines));
+        for (gfn, lines) in [first, new.second].into_iter().flatten() {
             if let Some(p) = self.pages.get_mut(&gfn) {
-                p.blocks.push(i as u32);
+                p.blocks.push((i as u32, fold(lines)));
                 p.watched = 0;
             }
         }
@@ -312,7 +319,7 @@ impl Cache {
             return false;
         }
         p.interpreted = 0;
-        for i in std::mem::take(&mut p.blocks) {
+        for (i, _) in std::mem::take(&mut p.blocks) {
             self.kill(i);
         }
         self.recount(gfn);
@@ -345,10 +352,8 @@ impl Cache {
         let Some(p) = self.pages.get_mut(&gfn) else {
             return;
         };
-        let mut changes = Changes {
-            lines: 0,
-            bytes: [0; 64],
-        };
+        let changes = &mut *self.changes;
+        changes.lines = 0;
         let mut left = p.known() & lines;
         let mut now = [0; 64];
         while left != 0 {
@@ -369,13 +374,13 @@ impl Cache {
             return;
         }
         let mut doomed = std::mem::take(&mut self.doomed);
-        for &i in &p.blocks {
+        for &(i, lines) in &p.blocks {
+            if lines & fold(changes.lines) == 0 {
+                continue;
+            }
             let Some(b) = self.blocks.get(i as usize) else {
                 continue;
             };
-            if self.notes.lines(b, gfn) & changes.lines == 0 {
-                continue;
-            }
             match changes.verdict(b, &self.notes, gfn) {
                 Verdict::Keep => {}
                 Verdict::Kill => doomed.push(i),
@@ -434,7 +439,7 @@ impl Cache {
         let second = self.notes.second(&b).map(|s| s.0);
         for gfn in [Some(b.phys >> 12), second].into_iter().flatten() {
             if let Some(p) = self.pages.get_mut(&gfn) {
-                p.blocks.retain(|&b| b != i);
+                p.blocks.retain(|b| b.0 != i);
                 self.recount(gfn);
             }
         }
@@ -445,7 +450,7 @@ impl Cache {
         let Some(p) = self.pages.get(&gfn) else {
             return;
         };
-        let of = |&i: &u32| {
+        let of = |&(i, _): &(u32, u32)| {
             self.blocks
                 .get(i as usize)
                 .map_or(0, |b| self.notes.lines(b, gfn))
@@ -485,6 +490,24 @@ impl Cache {
         self.arena.patch(site, &displacement.to_le_bytes());
     }
 
+    /// The block with code at `pc` is made again when it is next wanted, with a copy of each write, and so is one
+    /// that starts with its instruction at page offset `offset`.
+    pub fn make_again(&mut self, pc: u64, offset: u16) {
+        let Some(i) = self.index_at(pc) else { return };
+        let (start, ctx) = (self.blocks[i].phys, self.blocks[i].ctx);
+        let instruction = start & !0xfff | u64::from(offset);
+        self.copies.extend([start, instruction]);
+        self.kill(i as u32);
+        if let Some(other) = self.find_index(instruction, ctx) {
+            self.kill(other);
+        }
+    }
+
+    /// The block at an address is one that [`Self::make_again`] was called for.
+    pub fn needs_copies(&self, phys: u64) -> bool {
+        self.copies.contains(&phys)
+    }
+
     /// Drops everything. No vCPU may be in translated code, nor come back to a place in it (through a jump
     /// cache or a stack of return addresses), nor keep an address of [`Cache::lines_address`].
     pub fn clear(&mut self) {
@@ -493,6 +516,7 @@ impl Cache {
         self.notes.clear();
         self.links.truncate(1);
         self.links[0] = NO_LINK;
+        self.copies.clear();
         self.map.clear();
         self.pages.clear();
         self.arena.truncate(self.stubs_end);

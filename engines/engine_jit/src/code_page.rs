@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A guest page that translations came from.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct CodePage {
     /// Lines that translations depend on. Emitted code that has written to the page looks here, so its address
     /// holds until the whole cache is emptied.
@@ -12,16 +12,37 @@ pub struct CodePage {
     held: u64,
     /// Lines as they were translated, in order.
     bytes: Vec<[u8; 64]>,
-    /// Live translations.
-    pub blocks: Vec<u32>,
+    /// How many lines before each are held.
+    position: [u8; 64],
+    /// Live translations, each with the lines that it depends on, [`fold`]ed.
+    pub blocks: Vec<(u32, u32)>,
     /// Lines that the translation in the making depends on.
     pub watched: u64,
     /// Writes by the interpreter since it was last taken for data.
     pub interpreted: u32,
 }
 
+/// Lines in half the bits, which tells most of those that differ apart.
+pub fn fold(lines: u64) -> u32 {
+    (lines | lines >> 32) as u32
+}
+
 /// Lines that room is made for at once.
 const STEP: usize = 4;
+
+impl Default for CodePage {
+    fn default() -> Self {
+        CodePage {
+            lines: Box::default(),
+            held: 0,
+            bytes: Vec::new(),
+            position: [0; 64],
+            blocks: Vec::new(),
+            watched: 0,
+            interpreted: 0,
+        }
+    }
+}
 
 impl CodePage {
     /// Lines that translations depend on.
@@ -35,7 +56,7 @@ impl CodePage {
     }
 
     fn position(&self, line: usize) -> usize {
-        (self.held & !(u64::MAX << line)).count_ones() as usize
+        self.position[line & 63].into()
     }
 
     /// Makes room for the bytes of `lines`.
@@ -53,6 +74,9 @@ impl CodePage {
             let line = new.trailing_zeros() as usize;
             self.bytes.insert(self.position(line), [0; 64]);
             self.held |= 1 << line;
+            for position in &mut self.position[line + 1..] {
+                *position += 1;
+            }
             new &= new - 1;
         }
     }

@@ -137,9 +137,10 @@ pub struct Decoded {
     /// Offsets in the page that it jumps to and where an instruction reaches into the next page: those are reached
     /// through the jump cache only.
     pub crossing: Vec<u16>,
-    /// It has what a group of another block, or its one write, could not do in the common way: each access has a
-    /// probe of its own, and a write a copy behind the block.
+    /// It has what a group of another block could not do: each access has a probe of its own.
     pub apart: bool,
+    /// Writes have a copy behind the block, for page crossings and pages that hold code.
+    pub copies: bool,
 }
 
 impl Decoded {
@@ -152,6 +153,7 @@ impl Decoded {
             self.ops.truncate(n);
         }
         self.apart = true;
+        self.copies = true;
     }
 }
 
@@ -242,6 +244,7 @@ pub fn decode(page: &[u8], start: usize, ctx: Context) -> Option<Decoded> {
         fpu,
         crossing: seen.crossing,
         apart: false,
+        copies: false,
     })
 }
 

@@ -29,9 +29,8 @@ enum How {
     /// A write of this size class that crosses a page, or to a page that may hold code, works on a copy: with carry
     /// set, of the operand at I + T.
     Write(usize),
-    /// With carry set, another block has the access: one that crosses a page or writes to one that holds code.
-    Apart,
-    /// The same for a group of accesses.
+    /// With carry set, another block has this group of accesses: it crosses a page or writes to one that holds
+    /// code.
     Group,
 }
 
@@ -47,7 +46,6 @@ pub fn emit(a: &mut Asm, s: &mut Stubs) {
             s.miss[which].read[class] = stub(a, s, which, false, How::Read(class));
             s.miss[which].write[class] = stub(a, s, which, true, How::Write(class));
         }
-        s.miss[which].apart = stub(a, s, which, true, How::Apart);
     }
 }
 
@@ -75,7 +73,7 @@ fn stub(a: &mut Asm, s: &Stubs, which: usize, write: bool, how: How) -> u64 {
         a.bytes(&[0xf8, 0xc3]); // clc; ret
     } else {
         let crosses = a.jcc(cc::NE);
-        let known = (write && how != How::Fill).then(|| code_write(a, which));
+        let known = (write && how == How::Group).then(|| code_write(a, which));
         a.call_to(s.refill[which][w]);
         slow.push(a.jcc(cc::B));
         a.bytes(&[0xc3]);
@@ -86,7 +84,7 @@ fn stub(a: &mut Asm, s: &Stubs, which: usize, write: bool, how: How) -> u64 {
                 slow.push(a.jcc(cc::B));
                 a.bytes(&[0xf9, 0xc3]); // stc; ret
             }
-            How::Apart | How::Group => {
+            How::Group => {
                 a.bind(crosses);
                 if let Some(known) = known {
                     a.bind(known);

@@ -560,6 +560,7 @@ impl<'a> Runner<'a> {
             }
             // Nothing can be linked to one that crosses a page.
             decoded.apart |= second.is_some();
+            decoded.copies |= second.is_some() || cache.needs_copies(phys);
             let base = cache.arena.next();
             let code = translate(&decoded, ctx, &self.world.stubs, base, self.world.bmi2);
             self.stats.translated += decoded.ops.len() as u64;

@@ -119,8 +119,6 @@ pub struct Misses {
     pub read: [u64; 4],
     /// By size class: a write with a copy of its instruction behind the call.
     pub write: [u64; 4],
-    /// A write that has a copy in a block of its own.
-    pub apart: u64,
 }
 
 /// Emits all stubs. `avx`: the host has AVX enabled.

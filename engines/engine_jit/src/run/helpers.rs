@@ -72,7 +72,18 @@ extern "sysv64" fn helper_memory(vm: *mut VcpuMem, ret: *const u8) -> u64 {
         return ret as u64;
     }
     let holds_code = std::mem::take(&mut r.holds_code);
-    if w & meta::GROUP != 0 || w & meta::APART != 0 && holds_code {
+    let size = u64::from(w >> meta::SIZE_SHIFT);
+    if w & meta::AGAIN != 0 && (holds_code || (gva & 0xfff) + size > 4096) {
+        r.sync(w & 0xfff);
+        if let Some(mut cache) = r.world.cache(r.me) {
+            cache.make_again(ret as u64, w as u16 & 0xfff);
+            drop(cache);
+            return r.dispatch();
+        }
+        r.exit = Some(Exit::Interrupted);
+        return 0;
+    }
+    if w & meta::GROUP != 0 {
         if w & meta::FPU == 0 {
             r.vm.fpu_reload = 0;
         }

@@ -76,8 +76,8 @@ pub(super) enum Bounce {
     Never,
     /// It reads from the bounce buffer.
     Read,
-    /// A copy of the instruction, in a block of its own, works on the bounce buffer, which is written back, or on a
-    /// page that holds code, which is looked after.
+    /// A copy of the instruction works on the bounce buffer, which is written back, or on a page that holds
+    /// code, which is looked after. A block has such copies once one was needed.
     Write,
 }
 
@@ -135,37 +135,33 @@ impl Tx<'_> {
         let class = m.size.next_power_of_two().max(8).trailing_zeros() as usize - 3;
         let mut meta = m.meta | if reload { meta::HOST_FLAGS } else { 0 };
         let stub = match m.bounce {
-            Bounce::Never => stubs.fill[usize::from(m.write)],
             Bounce::Read => stubs.read[class],
-            Bounce::Write if self.block.apart => stubs.write[class],
-            Bounce::Write => stubs.apart,
+            Bounce::Write if self.block.copies => stubs.write[class],
+            Bounce::Write | Bounce::Never => stubs.fill[usize::from(m.write)],
         };
-        match m.bounce {
-            Bounce::Never => {}
-            Bounce::Write if !self.block.apart => meta |= meta::APART,
-            Bounce::Read | Bounce::Write => meta |= meta::BOUNCE,
-        }
+        meta |= match m.bounce {
+            Bounce::Never => 0,
+            Bounce::Write if !self.block.copies => meta::AGAIN,
+            Bounce::Read | Bounce::Write => meta::BOUNCE,
+        };
         let distance = resume as i64 - (self.a.here() as i64 + 4);
         self.call_miss(m.jump, [meta, distance as i32 as u32], stub);
         let block = self.block;
         match m.bounce {
-            Bounce::Never => {}
             Bounce::Read => {
                 let bounced = self.a.jcc(cc::B);
                 self.a.bind_to(bounced, m.access);
             }
-            Bounce::Write => {
+            Bounce::Write if block.copies => {
                 let again = self.a.jcc(cc::AE);
                 self.a.bind_to(again, m.retry);
-                let Some(op) = block.ops.get(op) else { return };
-                self.flags = m.flags;
-                if block.apart {
+                if let Some(op) = block.ops.get(op) {
+                    self.flags = m.flags;
                     self.copy_write(op, m.meta, resume);
-                } else {
-                    self.go_apart(op, 1);
                 }
                 return;
             }
+            Bounce::Write | Bounce::Never => {}
         }
         let again = self.a.jmp();
         self.a.bind_to(again, m.retry);
@@ -188,20 +184,6 @@ impl Tx<'_> {
         self.a.bind_to(pos, resume);
     }
 
-    /// Leaves the next `n` instructions, `op` the first, to a block of their own.
-    fn go_apart(&mut self, op: &Op, n: usize) {
-        self.restore_flags(op.live_before, false);
-        self.a.align_link(1);
-        let site = self.a.jmp();
-        self.cold.push(Cold::Link {
-            site,
-            target: op.off,
-            save: op.live_before != 0,
-            fpu: self.block.fpu,
-            apart: n,
-        });
-    }
-
     /// Behind the block: what becomes of a group that its probe does not let through.
     fn emit_group_miss(&mut self, m: GroupMiss) {
         let block = self.block;
@@ -209,13 +191,22 @@ impl Tx<'_> {
             return;
         };
         let write = if m.write { meta::WRITE } else { 0 };
-        let meta = self.meta(first) | write | meta::APART | meta::GROUP | 1 << meta::SIZE_SHIFT;
+        let meta = self.meta(first) | write | meta::GROUP | 1 << meta::SIZE_SHIFT;
         let stub = self.stubs.miss[self.ctx.tlb()].group[usize::from(m.write)];
         self.call_miss(m.jump, [meta, m.span as u32], stub);
         let again = self.a.jcc(cc::AE);
         self.a.bind_to(again, m.retry);
         self.flags = m.before;
-        self.go_apart(first, m.ops.len());
+        self.restore_flags(first.live_before, false);
+        self.a.align_link(1);
+        let site = self.a.jmp();
+        self.cold.push(Cold::Link {
+            site,
+            target: first.off,
+            save: first.live_before != 0,
+            fpu: block.fpu,
+            apart: m.ops.len(),
+        });
     }
 
     /// The call of a `link` stub at offset `exit`, for the jump whose displacement is at `site`.

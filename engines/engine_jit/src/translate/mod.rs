@@ -67,8 +67,8 @@ pub mod meta {
     pub const WRITE: u32 = 1 << 17;
     /// Behind the access, the guest's flags are in EFLAGS.
     pub const HOST_FLAGS: u32 = 1 << 20;
-    /// The access has a block of its own where it crosses a page or writes to one that holds code.
-    pub const APART: u32 = 1 << 21;
+    /// A write without a copy: where it crosses a page or writes to one that holds code, its block is made again.
+    pub const AGAIN: u32 = 1 << 21;
     /// It is a group of accesses, which has a block of its own for whatever its probe does not let through.
     pub const GROUP: u32 = 1 << 22;
     /// Size of the access in bytes.
