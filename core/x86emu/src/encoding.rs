@@ -41,6 +41,8 @@ pub enum Field {
 pub enum HostMem {
     /// `[base + index]`
     BaseIndex(u8, u8),
+    /// `[base + index + disp]`
+    BaseIndexDisp(u8, u8, i32),
     /// `[base + disp]`
     BaseDisp(u8, i32),
     /// `gs:[disp]`, absolute.
@@ -458,6 +460,12 @@ impl Encoding {
         self.lock = false;
     }
 
+    /// Bytes of a displacement. EVEX scales those of one byte.
+    fn displacement_len(&self, disp: i32) -> usize {
+        let short = self.form != Form::Evex && i8::try_from(disp).is_ok();
+        if short { 1 } else { 4 }
+    }
+
     /// Writes the instruction as 64-bit code and returns its length. `None` if it cannot be
     /// encoded: a memory operand was not replaced, or AH-DH would need REX.
     pub fn emit(&self, out: &mut [u8; MAX_LEN]) -> Option<usize> {
@@ -471,7 +479,9 @@ impl Encoding {
             Rm::None => (false, false, 0, false),
             Rm::Reg(r) => (false, r & 8 != 0, r & 7, r & 16 != 0),
             Rm::GuestMem => return None,
-            Rm::Host(HostMem::BaseIndex(base, index)) => (index & 8 != 0, base & 8 != 0, 4, false),
+            Rm::Host(HostMem::BaseIndex(base, index) | HostMem::BaseIndexDisp(base, index, _)) => {
+                (index & 8 != 0, base & 8 != 0, 4, false)
+            }
             Rm::Host(HostMem::BaseDisp(base, _)) => (false, base & 8 != 0, base & 7, false),
             Rm::Host(HostMem::Gs(_)) => (false, false, 4, false),
         };
@@ -563,11 +573,20 @@ impl Encoding {
                     }
                 }
                 Rm::Host(HostMem::BaseDisp(_, disp)) => {
-                    put(0x80 | reg | rm_low)?;
+                    let len = self.displacement_len(disp);
+                    put(if len == 1 { 0x40 } else { 0x80 } | reg | rm_low)?;
                     if rm_low == 4 {
                         put(0x24)?;
                     }
-                    for b in disp.to_le_bytes() {
+                    for b in disp.to_le_bytes().into_iter().take(len) {
+                        put(b)?;
+                    }
+                }
+                Rm::Host(HostMem::BaseIndexDisp(base, index, disp)) => {
+                    let len = self.displacement_len(disp);
+                    put(if len == 1 { 0x40 } else { 0x80 } | reg | 4)?;
+                    put((index & 7) << 3 | base & 7)?;
+                    for b in disp.to_le_bytes().into_iter().take(len) {
                         put(b)?;
                     }
                 }

@@ -285,6 +285,21 @@ impl Asm {
         ]);
     }
 
+    /// `pdep dst, src, gs:[mask]` (BMI2; no flags): the low bits of `src` at the places of the mask's ones.
+    pub fn pdep(&mut self, dst: Reg, src: Reg, mask: i32) {
+        let r = u8::from(dst < 8) << 7;
+        self.bytes(&[
+            0x65,
+            0xc4,
+            r | 0x60 | 2,
+            0x80 | (!src & 15) << 3 | 3,
+            0xf5,
+            (dst & 7) << 3 | 4,
+            0x25,
+        ]);
+        self.d32(mask as u32);
+    }
+
     /// `shr reg, count`
     pub fn shr(&mut self, reg: Reg, count: u8) {
         self.op_reg(Size::Q, &[0xc1], 5, reg);

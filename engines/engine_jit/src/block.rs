@@ -3,6 +3,8 @@
 //! There are tens of thousands of them, and what is rarely looked at decides how much memory they take: the
 //! bytes of [`Notes`] hold it, packed.
 
+use crate::translate::OFFSET;
+
 /// An immediate of the guest's that was copied to host code as it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Imm {
@@ -40,7 +42,7 @@ pub struct Translation {
     /// Page number and lines of the second page, for an instruction that crosses the page end. Such a
     /// block is reached only through the jump cache.
     pub second: Option<(u64, u64)>,
-    /// Host offset from `indirect` and guest page offset of each instruction.
+    /// Host offset from `indirect` of each instruction, and its page offset with [`crate::translate::HOST_FLAGS`].
     pub map: Vec<(u32, u16)>,
     /// Immediates that can be changed in place.
     pub imms: Vec<Imm>,
@@ -169,6 +171,11 @@ fn unfold(n: u32) -> i32 {
     (n >> 1) as i32 ^ -((n & 1) as i32)
 }
 
+/// A word of [`Translation::map`] with its flag at the other end: words that follow each other differ little.
+fn small(word: u16) -> i32 {
+    i32::from(word & OFFSET) << 1 | i32::from(word >> 15)
+}
+
 impl Notes {
     fn number(&mut self, mut n: u32) {
         while n >= 0x80 {
@@ -199,11 +206,11 @@ impl Notes {
             self.0.extend_from_slice(&end.to_le_bytes());
         }
         self.number(t.map.len() as u32);
-        let (mut host, mut guest) = (0, (t.phys & 0xfff) as i32);
+        let (mut host, mut guest) = (0, small((t.phys & 0xfff) as u16));
         for &(h, g) in &t.map {
             self.number(h.wrapping_sub(host));
-            self.number(fold(i32::from(g) - guest));
-            (host, guest) = (h, g.into());
+            self.number(fold(small(g) - guest));
+            (host, guest) = (h, small(g));
         }
         let flag = |set: bool, bit: u8| if set { bit } else { 0 };
         Block {
@@ -272,13 +279,13 @@ impl Notes {
         (0..r.number()).map(move |_| (r.word(), r.word()))
     }
 
-    /// The page offset of the instruction that the code at host address `pc` belongs to.
+    /// The word of [`Translation::map`] that the code at host address `pc` belongs to.
     pub fn instruction(&self, b: &Block, pc: u64) -> Option<u16> {
         let at = u32::try_from(pc.checked_sub(b.indirect)?).ok()?;
         let mut r = self.behind_imms(b);
         let pairs = r.number() as usize;
         r.skip(4 * pairs);
-        let (mut host, mut guest) = (0u32, (b.phys & 0xfff) as i32);
+        let (mut host, mut guest) = (0u32, small((b.phys & 0xfff) as u16));
         let mut found = None;
         for _ in 0..r.number() {
             host = host.wrapping_add(r.number());
@@ -286,7 +293,7 @@ impl Notes {
             if host > at {
                 break;
             }
-            found = u16::try_from(guest).ok();
+            found = Some((guest >> 1) as u16 & OFFSET | (guest as u16 & 1) << 15);
         }
         found
     }
@@ -316,7 +323,7 @@ mod tests {
             fpu: false,
             lines: 1 << 63,
             second: Some((9, 1)),
-            map: vec![(0x18, 0xff0), (0x200, 0xff3), (0x5000, 0xff1)],
+            map: vec![(0x18, 0xff0), (0x200, 0x8ff3), (0x5000, 0xff1)],
             imms: vec![imm(0xff1, 4, 0x20), imm(0xff5, 1, 0x1_0000)],
             peeked: vec![(0xf00, 0xf10), (0, 3)],
         };
@@ -335,7 +342,7 @@ mod tests {
                 [at(0x17), at(0x18), at(0x1ff)],
                 [None, Some(0xff0), Some(0xff0)]
             );
-            assert_eq!([at(0x4fff), at(0x9000)], [Some(0xff3), Some(0xff1)]);
+            assert_eq!([at(0x4fff), at(0x9000)], [Some(0x8ff3), Some(0xff1)]);
             assert!(b.live_in() && !b.fpu() && !b.dead());
             assert_eq!((b.direct(), b.end()), (0x10_0018, 0x11_0000));
         }

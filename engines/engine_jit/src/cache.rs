@@ -6,6 +6,7 @@ use crate::code_page::{CodePage, fold};
 use crate::lookup::Lookup;
 use crate::perf::Log;
 use crate::stubs::Stubs;
+use crate::translate::Site;
 use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
@@ -92,7 +93,13 @@ pub struct Cache {
     changes: Box<Changes>,
     /// Addresses of blocks whose writes have copies.
     copies: HashSet<u64, BuildHasherDefault<IntHasher>>,
+    /// How accesses go that their windows do not suit: by guest-physical address of the instruction and context's
+    /// low window.
+    sites: Map<(u64, bool), Site>,
 }
+
+/// Sites that are remembered.
+const MAX_SITES: usize = 1 << 16;
 
 /// Lines of a page that `[start, start + len)` touches.
 pub fn lines_of(start: usize, len: usize) -> u64 {
@@ -206,6 +213,7 @@ impl Cache {
                 bytes: [0; 64],
             }),
             copies: HashSet::default(),
+            sites: Map::default(),
         }
     }
 
@@ -226,7 +234,7 @@ impl Cache {
         self.notes.second(block)
     }
 
-    /// Page offset of the guest's instruction that the code at `pc` belongs to.
+    /// The word of [`crate::block::Translation::map`] for the code at `pc`.
     pub fn instruction_at(&self, pc: u64) -> Option<u16> {
         self.notes.instruction(self.block_at(pc)?, pc)
     }
@@ -405,8 +413,21 @@ impl Cache {
         self.doomed = doomed;
     }
 
+    /// How the accesses of an instruction go, if that was learned.
+    pub fn site(&self, phys: u64, low: bool) -> Option<Site> {
+        self.sites.get(&(phys, low)).copied()
+    }
+
+    /// Remembers how the accesses of an instruction go.
+    pub fn learn(&mut self, phys: u64, low: bool, site: Site) {
+        if self.sites.len() >= MAX_SITES {
+            self.sites.clear();
+        }
+        self.sites.insert((phys, low), site);
+    }
+
     /// Takes a block out of use.
-    fn kill(&mut self, i: u32) {
+    pub fn kill(&mut self, i: u32) {
         let b = &mut self.blocks[i as usize];
         if b.dead() {
             return;
@@ -519,6 +540,7 @@ impl Cache {
         self.copies.clear();
         self.map.clear();
         self.pages.clear();
+        self.sites.clear();
         self.arena.truncate(self.stubs_end);
     }
 

@@ -108,6 +108,10 @@ const SEGMENTED: u32 = 1 << 17;
 const SMM: u32 = 1 << 18;
 /// How many instructions a block is made of that another could not do in the common way.
 const APART: u32 = 0x7f << 24;
+/// The address space has windows; see [`crate::window`].
+const WINDOWS: u32 = 1 << 19;
+/// It uses the low one too.
+const LOW: u32 = 1 << 20;
 
 fn flat(s: &Segment) -> bool {
     // Present, base 0, 4 GiB, and for data: expand-up and writable or readable code.
@@ -314,6 +318,27 @@ impl Context {
     pub fn split_apart(self) -> (Context, usize) {
         let n = (self.0 & APART) >> APART.trailing_zeros();
         (Context(self.0 & !APART), n as usize)
+    }
+    /// Accesses may go through windows, if the address space has any.
+    pub fn windowable(self, cpu: &CpuState) -> bool {
+        let other = cr4::LA57 | cr4::PKE;
+        self.user() && self.code_size() == CodeSize::Bits64 && !cpu.smm && cpu.cr4 & other == 0
+    }
+    /// The context with windows; `low`: of both kinds.
+    pub fn with_windows(self, low: bool) -> Context {
+        Context(self.0 | WINDOWS | if low { LOW } else { 0 })
+    }
+    /// The context without windows.
+    pub fn without_windows(self) -> Context {
+        Context(self.0 & !(WINDOWS | LOW))
+    }
+    /// Accesses go through windows.
+    pub fn windows(self) -> bool {
+        self.0 & WINDOWS != 0
+    }
+    /// Windows of both kinds are in use.
+    pub fn low_window(self) -> bool {
+        self.0 & LOW != 0
     }
     /// Nothing is translated.
     pub fn interpret_only(self) -> bool {

@@ -33,7 +33,9 @@ impl Translator {
             },
         };
         let base = self.0.code.end - (1 << 20);
-        let code = translate(&block, context, &self.0.stubs, base, self.0.bmi2);
+        let code = translate(&block, context, &self.0.stubs, base, self.0.bmi2, &|_| {
+            crate::translate::Site::Window(0)
+        });
         assert!(code.direct <= code.direct_fpu && code.direct_fpu <= code.bytes.len());
         usize::from(block.end).max(start + 1)
     }

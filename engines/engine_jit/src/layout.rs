@@ -65,6 +65,24 @@ pub const BOUNCE_HALF: usize = 64;
 #[repr(C, align(64))]
 pub struct Bounce(pub [u8; 2 * BOUNCE_HALF]);
 
+/// What a host fault in translated code was.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Fault {
+    /// Scratch register T.
+    pub t: u64,
+    /// Scratch register I.
+    pub i: u64,
+    /// EFLAGS.
+    pub flags: u64,
+    /// CR2.
+    pub address: u64,
+    /// Exception number.
+    pub vector: u64,
+    /// Error code.
+    pub code: u64,
+}
+
 /// Everything that emitted code addresses. `gs` points at it while guest code runs.
 #[repr(C, align(4096))]
 pub struct VcpuMem {
@@ -100,6 +118,14 @@ pub struct VcpuMem {
     pub host_rsp: u64,
     /// Host pc of a fault in translated code, zero when none.
     pub fault_pc: u64,
+    /// Scratch registers, EFLAGS, CR2, and exception number and error code at that fault.
+    pub fault: Fault,
+    /// Where to go on after a fault that was mended.
+    pub fault_at: u64,
+    /// [`crate::window::MASKS`].
+    pub window_masks: [u64; 2],
+    /// [`crate::window::PLACES`].
+    pub window_places: [u64; 2],
     /// This block's own address.
     pub this: u64,
     /// The flags of guest pages, [`crate::world::CodeMap`].
@@ -163,6 +189,12 @@ offsets! {
     T = t;
     CONT = cont;
     HOST_RSP = host_rsp;
+    FAULT_T = fault.t;
+    FAULT_I = fault.i;
+    FAULT_FLAGS = fault.flags;
+    FAULT_AT = fault_at;
+    WINDOW_MASKS = window_masks;
+    WINDOW_PLACES = window_places;
     THIS = this;
     CODE_MAP = code_map;
     SPILL = spill;

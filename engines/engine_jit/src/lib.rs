@@ -19,11 +19,13 @@ mod flags;
 mod frontend;
 #[doc(hidden)]
 pub mod fuzz;
+mod heat;
 mod layout;
 mod liveness;
 mod lookup;
 mod miss;
 mod perf;
+mod ram_files;
 mod recent;
 mod refill;
 mod run;
@@ -34,6 +36,7 @@ mod stubs;
 mod tlb;
 mod translate;
 mod vcpu;
+mod window;
 mod world;
 
 pub use signal::install_handlers;

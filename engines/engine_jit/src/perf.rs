@@ -110,7 +110,8 @@ impl Log {
             line.push(' ');
             let start = block.phys & 0xfff;
             for &(host, guest) in &block.map {
-                let _ = write!(line, "{host:x}:{:x},", u64::from(guest).wrapping_sub(start));
+                let offset = u64::from(guest & crate::translate::OFFSET);
+                let _ = write!(line, "{host:x}:{:x},", offset.wrapping_sub(start));
             }
             line.push(' ');
             hex(&mut line, code);

@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "enters emitted code, and is entered by it")]
 
 mod helpers;
+mod windows;
 
 use crate::block::{Block, Translation};
 use crate::context::Context;
@@ -300,7 +301,7 @@ impl<'a> Runner<'a> {
     /// Finds or makes the translation for the current state; its indirect entry, prepared to be
     /// jumped to. 0 if the dispatch loop must look first.
     fn dispatch(&mut self) -> u64 {
-        let ctx = Context::of(&self.vm.cpu);
+        let ctx = self.context();
         if self.exit.is_some() || self.interrupted().is_some() || self.single_step_in(ctx) {
             return 0;
         }
@@ -331,7 +332,7 @@ impl<'a> Runner<'a> {
                 return 0;
             }
             self.vm.cpu.rflags &= !RF;
-            let ctx = Context::of(&self.vm.cpu);
+            let ctx = self.context();
             let pc = self.linear_pc();
             self.vm.ctx = ctx.0;
             self.vm.caches.enter_context(ctx);
@@ -562,7 +563,15 @@ impl<'a> Runner<'a> {
             decoded.apart |= second.is_some();
             decoded.copies |= second.is_some() || cache.needs_copies(phys);
             let base = cache.arena.next();
-            let code = translate(&decoded, ctx, &self.world.stubs, base, self.world.bmi2);
+            let site = |op: &frontend::Op| self.site(cache, phys, ctx, op);
+            let code = translate(
+                &decoded,
+                ctx,
+                &self.world.stubs,
+                base,
+                self.world.bmi2,
+                &site,
+            );
             self.stats.translated += decoded.ops.len() as u64;
             let Some(at) = cache.arena.push(&code.bytes) else {
                 self.exit = Some(Exit::InternalError);
@@ -619,6 +628,7 @@ impl<'a> Runner<'a> {
         self.vm.caches.flush_code();
         let gfns: Vec<u64> = cache.gfns().collect();
         cache.clear();
+        self.world.clears.fetch_add(1, Ordering::AcqRel);
         for gfn in gfns {
             if let Some(flags) = self.world.code_map.page(gfn << 12) {
                 flags.fetch_and(!PAGE_CODE, Ordering::AcqRel);
@@ -662,7 +672,7 @@ impl<'a> Runner<'a> {
         }
         let stay = word & meta::LEAVES == 0
             && self.vm.cpu.rip == next
-            && Context::of(&self.vm.cpu).0 == ctx
+            && Context::of(&self.vm.cpu) == Context(ctx).without_windows()
             && self.vm.cpu.shadow == 0
             && self.vm.cpu.rflags & TF == 0
             && self.vm.cpu.dr7 & 0xff == 0

@@ -5,7 +5,7 @@
 //! executes the instruction again and raises the guest's exception.
 #![expect(unsafe_code, reason = "signal handlers and the gs base")]
 
-use crate::layout::VcpuMem;
+use crate::layout::{Fault, VcpuMem};
 use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Once;
@@ -90,8 +90,17 @@ extern "C" fn handler(sig: libc::c_int, info: *mut libc::siginfo_t, ctx: *mut li
         let rip = &mut (*uc).uc_mcontext.gregs[libc::REG_RIP as usize];
         let pc = *rip as u64;
         if pc >= current.start && pc < current.end {
-            (*current.vm).fault_pc = pc;
             *rip = current.stub as i64;
+            let reg = |n: libc::c_int| (&(*uc).uc_mcontext.gregs)[n as usize] as u64;
+            (*current.vm).fault_pc = pc;
+            (*current.vm).fault = Fault {
+                t: reg(libc::REG_R14),
+                i: reg(libc::REG_R15),
+                flags: reg(libc::REG_EFL),
+                address: reg(libc::REG_CR2),
+                vector: reg(libc::REG_TRAPNO),
+                code: reg(libc::REG_ERR),
+            };
             return;
         }
         chain(sig, info, ctx);

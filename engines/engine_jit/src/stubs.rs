@@ -92,6 +92,8 @@ pub struct Stubs {
     pub dead_flags: u64,
     /// Reached from the signal handler.
     pub fault: u64,
+    /// Executes the instruction that faulted again, with all registers as they were.
+    pub mended: u64,
     /// `call`, by TLB, access and size class: brings an operand that crosses a page into the bounce
     /// buffer. T holds its linear address. With carry clear, I + T is its host address; with carry
     /// set nothing has changed. Clobbers flags. With the zero flag set, a write crosses no page but may be
@@ -267,6 +269,12 @@ pub fn emit(a: &mut Asm, helpers: &Helpers, avx: bool) -> Stubs {
     flags::save(a);
     a.jmp_to(s.dead);
     s.fault = exit(a, helpers.fault, Entry::Jump);
+    s.mended = a.pc();
+    a.op_mem(Size::D, &[0xff], 6, Mem::Gs(off::FAULT_FLAGS)); // push
+    a.bytes(&[0x9d]); // popfq
+    a.load(Size::Q, T, Mem::Gs(off::FAULT_T));
+    a.load(Size::Q, I, Mem::Gs(off::FAULT_I));
+    a.jmp_mem(Mem::Gs(off::FAULT_AT));
     let wrote = exit(a, helpers.wrote, Entry::Call);
     s.wrote_back = a.pc();
     flags::restore(a);

@@ -5,12 +5,14 @@
 
 use crate::code_writes::CodeWrites;
 use crate::context::Context;
+use crate::heat::Heat;
 use crate::layout::{
     GROUP_SHIFT, JUMP_ENTRIES, JUMP2_ENTRIES, JumpEntry, TLB_ENTRIES, TLB_GROUPS, TLB_KERNEL,
     TLB_KERNEL_AC, TLB_USER, TlbEntry, jump_index, jump2_index, tlb_index,
 };
 use crate::refill::Structures;
 use crate::shadow::Shadow;
+use crate::window::Windows;
 use x86emu::env::Flush;
 use x86emu::paging::Mapping;
 
@@ -56,6 +58,10 @@ pub struct Caches {
     pub filled_global: [[u64; TLB_GROUPS / 64]; 3],
     /// What emitted code fills the TLBs from.
     pub structures: Structures,
+    /// What the host's MMU maps.
+    pub windows: Windows,
+    /// Which address spaces should have windows.
+    pub heat: Heat,
     jumps_filled: [Vec<u16>; 3],
     jumps2_filled: [Vec<u16>; 3],
     /// One bit per hash of a page of 2 MiB, and of 1 GiB, that was cached since the last full flush.
@@ -98,6 +104,8 @@ impl Caches {
             (&raw mut (*this).jumps_filled).write(Default::default());
             (&raw mut (*this).jumps2_filled).write(Default::default());
             (&raw mut (*this).shadow).write(shadow);
+            (&raw mut (*this).windows).write(Windows::default());
+            (&raw mut (*this).heat).write(Heat::default());
             for which in 0..3 {
                 (*this).tlb[which][0] = TlbEntry::invalid(0);
                 (*this).jumps[which][0] = JumpEntry::empty(0);
@@ -224,6 +232,12 @@ impl Caches {
         }
     }
 
+    /// Guest-physical addresses mean other memory, or the state was replaced: drops everything.
+    pub fn flush_memory(&mut self) {
+        self.flush(Flush::All);
+        self.windows.drop_all();
+    }
+
     /// Drops what a MOV CR3 drops.
     pub fn flush_non_global(&mut self) {
         self.flush_data(false);
@@ -246,6 +260,7 @@ impl Caches {
 
     fn flush_data(&mut self, global: bool) {
         self.flushes += 1;
+        self.windows.flush();
         self.structures.flush();
         self.code_writes.flush();
         for which in 0..3 {
@@ -331,6 +346,7 @@ impl Caches {
         }
         let i = tlb_index(gva);
         self.code_writes.flush_page(gva);
+        self.windows.flush_page(gva);
         for which in 0..3 {
             let e = &mut self.tlb[which][i];
             if e.read == gva & !0xfff || e.write == gva & !0xfff {
@@ -356,6 +372,7 @@ impl Caches {
     /// Makes writes to a guest-physical range take the slow path again.
     pub fn unwrite_range(&mut self, gpa: u64, len: u64) {
         self.code_writes.flush();
+        self.windows.unwrite(gpa, len);
         for which in TLB_USER..3 {
             for w in 0..TLB_GROUPS / 64 {
                 let mut left = self.filled[which][w] | self.filled_global[which][w];

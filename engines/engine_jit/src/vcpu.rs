@@ -12,7 +12,7 @@ use crate::world::{VcpuBox, World};
 use kvm_core::engine::{Engine, EngineError, EngineVcpu, Kick};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use x86emu::env::{Env, Exit, Flush};
+use x86emu::env::{Env, Exit};
 use x86emu::state::CpuState;
 
 /// The software engine of one VM.
@@ -51,8 +51,7 @@ impl Engine for JitEngine {
 
     fn memory_changed(&self) {
         let mut cache = self.world.cache_outside();
-        self.world
-            .stopped(&mut cache, None, |c| c.flush(Flush::All));
+        self.world.stopped(&mut cache, None, |c| c.flush_memory());
         // Where a page was RAM there may be other RAM now: its bytes are compared when its code is
         // next looked up, as after any flush.
     }
@@ -148,7 +147,7 @@ impl EngineVcpu for JitVcpu {
     fn state_changed(&mut self) {
         self.world.enter(&self.mem);
         // SAFETY: as in `entered`.
-        unsafe { (*self.mem.mem()).caches.flush(Flush::All) };
+        unsafe { (*self.mem.mem()).caches.flush_memory() };
         self.world.leave(&self.mem);
     }
 }
@@ -165,8 +164,13 @@ impl Drop for JitVcpu {
             // SAFETY: the vCPU is not running.
             let caches = unsafe { &(*self.mem.mem()).caches };
             eprintln!(
-                "engine_jit: {:?}\n  TLB refills in emitted code {}, flushes {}, jump-cache flushes {}, context switches {}, blocks {}, code {} KiB",
+                "engine_jit: {:?}\n  windows: {} faults mapped, {} mappings, taken {} times, given up {}, Mcycles with, without and mapping {:?}\n  TLB refills in emitted code {}, flushes {}, jump-cache flushes {}, context switches {}, blocks {}, code {} KiB",
                 self.stats,
+                caches.windows.faults,
+                caches.windows.mappings,
+                caches.heat.taken,
+                caches.heat.refused,
+                caches.heat.total.map(|t| t / 1_000_000),
                 caches.structures.refills,
                 caches.flushes,
                 caches.jump_flushes,

@@ -124,6 +124,8 @@ impl VcpuBox {
             crate::tlb::Caches::init(&raw mut (*mem).caches, shadow);
             (*mem).this = mem as u64;
             (*mem).host_mxcsr = 0x1f80;
+            (*mem).window_masks = crate::window::MASKS;
+            (*mem).window_places = crate::window::PLACES;
             Ok(VcpuBox {
                 mem,
                 running: AtomicBool::new(false),
@@ -167,6 +169,8 @@ pub struct World {
     pub code_map: CodeMap,
     vcpus: Mutex<Vec<Weak<VcpuBox>>>,
     stop: AtomicBool,
+    /// Counts clearings of the code cache.
+    pub clears: AtomicU64,
     /// vCPUs that a stop keeps out.
     waiting: AtomicU32,
     /// The host has BMI2.
@@ -195,6 +199,7 @@ impl World {
             code_map: CodeMap::new()?,
             vcpus: Mutex::new(Vec::new()),
             stop: AtomicBool::new(false),
+            clears: AtomicU64::new(0),
             waiting: AtomicU32::new(0),
             bmi2: std::arch::is_x86_feature_detected!("bmi2"),
             xsave_mask: (host & 0xe7) as u32,

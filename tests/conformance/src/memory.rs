@@ -1,12 +1,14 @@
 //! Guest memory as the host sees it.
 #![expect(unsafe_code, reason = "guest memory is a mapping")]
 
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::ptr;
 
-/// An anonymous mapping.
+/// A memfd, mapped.
 pub struct Memory {
     base: *mut u8,
     size: u64,
+    _file: OwnedFd,
 }
 
 // SAFETY: plain memory, accessed with volatile operations only.
@@ -17,21 +19,25 @@ unsafe impl Sync for Memory {}
 impl Memory {
     /// Zeroed memory of `size` bytes.
     pub fn new(size: u64) -> Self {
-        // SAFETY: a new anonymous mapping.
-        let p = unsafe {
-            libc::mmap(
+        // SAFETY: a new mapping of a new file, whose descriptor stays open: the engine looks for it.
+        let (p, fd) = unsafe {
+            let fd = libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC);
+            assert!(fd >= 0 && libc::ftruncate(fd, size as i64) == 0);
+            let p = libc::mmap(
                 ptr::null_mut(),
                 size as usize,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
+                libc::MAP_SHARED | libc::MAP_NORESERVE,
+                fd,
                 0,
-            )
+            );
+            (p, OwnedFd::from_raw_fd(fd))
         };
         assert_ne!(p, libc::MAP_FAILED, "no memory for a guest");
         Memory {
             base: p.cast(),
             size,
+            _file: fd,
         }
     }
 

@@ -3,7 +3,7 @@
 
 use crate::layout::*;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
-use x86emu::env::{Env, Features, Flush, HostCpu, NativeRegs, PhysMem, Stop};
+use x86emu::env::{Env, Features, Flush, HostCpu, NativeRegs, PhysMem, RamRange, Stop};
 use x86emu::state::{CpuState, Segment, XsaveArea, sreg};
 
 /// Guest RAM in a memfd, which the native executor maps too.
@@ -254,6 +254,15 @@ impl PhysMem for Machine {
         );
         // SAFETY: in bounds.
         (end <= RAM).then(|| unsafe { self.ram.base.add(gpa as usize) })
+    }
+
+    fn ram_around(&mut self, gpa: u64) -> Option<RamRange> {
+        (gpa < RAM).then_some(RamRange {
+            gpa: 0,
+            size: RAM,
+            host: self.ram.base as u64,
+            quiet: true,
+        })
     }
 }
 

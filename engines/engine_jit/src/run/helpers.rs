@@ -204,28 +204,5 @@ extern "sysv64" fn helper_wrote(vm: *mut VcpuMem, ret: *const u8) -> u64 {
 
 extern "sysv64" fn helper_fault(vm: *mut VcpuMem, _: *const u8) -> u64 {
     // SAFETY: called by the stub with its contract.
-    let r = unsafe { runner(vm) };
-    let pc = std::mem::take(&mut r.vm.fault_pc);
-    r.vm.undo_repeat();
-    let offset = {
-        let Some(cache) = r.world.cache(r.me) else {
-            // The instruction has not executed; it is found again when its code is.
-            r.exit = Some(Exit::InternalError);
-            return 0;
-        };
-        cache.instruction_at(pc).map(u32::from)
-    };
-    let Some(offset) = offset else {
-        log::error!("engine_jit: host fault at {pc:#x}, which is no translated instruction");
-        r.exit = Some(Exit::InternalError);
-        return 0;
-    };
-    r.sync(offset);
-    match r.step() {
-        Stepped::Retired | Stepped::Redirected => r.dispatch(),
-        Stepped::Exit(exit) => {
-            r.exit = Some(exit);
-            0
-        }
-    }
+    unsafe { runner(vm) }.fault()
 }

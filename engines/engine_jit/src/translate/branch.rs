@@ -14,6 +14,7 @@ impl Tx<'_> {
 
     pub(super) fn jcc(&mut self, op: &Op, cond: ConditionCode, target: i64) {
         self.restore_flags(op.live_before | op.reads, false);
+        self.scratch.kept = true;
         let code = cond as u8 - ConditionCode::o as u8;
         self.a.align_link(2);
         let jump = self.a.jcc(code);
@@ -179,6 +180,15 @@ impl Tx<'_> {
     /// Pushes the return address; flags are out of the way.
     pub(super) fn push_return(&mut self, op: &Op, misses: &mut Vec<PendingMiss>) {
         let (size, n) = self.branch_size();
+        if self.window(op).is_some() {
+            let to = self.resolved(window::Base::Gpr(4), -n, window::STACK);
+            self.load_linear(I, i64::from(op.off) + op.insn.len() as i64);
+            self.a.store(size, to, I);
+            self.a.mov(T, I);
+            self.scratch.forget();
+            self.move_stack(-n);
+            return;
+        }
         let retry = self.a.here();
         self.stack_address(-n, n);
         misses.push(self.probe(n as usize, true, retry, op));
@@ -251,6 +261,14 @@ impl Tx<'_> {
     pub(super) fn load_target(&mut self, op: &Op, misses: &mut Vec<PendingMiss>) {
         let insn = &op.insn;
         let (size, n) = self.branch_size();
+        if insn.op0_kind() == OpKind::Memory
+            && let Some(kind) = self.window(op)
+        {
+            let from = self.window_operand(insn, kind);
+            self.a.load(size, T, from);
+            self.scratch.forget();
+            return;
+        }
         if insn.op0_kind() == OpKind::Memory {
             let retry = self.a.here();
             self.address(insn, n as usize);
@@ -316,6 +334,10 @@ impl Tx<'_> {
         let mut miss = None;
         if let Some(place) = self.in_group(0) {
             self.a.load(size, T, at(I, place));
+        } else if self.window(op).is_some() {
+            let from = self.through(window::Base::Gpr(4), 0, window::STACK);
+            self.a.load(size, T, from);
+            self.scratch.forget();
         } else {
             let retry = self.a.here();
             self.stack_address(0, n);

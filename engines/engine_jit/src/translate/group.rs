@@ -37,7 +37,7 @@ pub(super) struct Group {
 
 /// What an instruction does to the base register.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Change {
+pub(super) enum Change {
     Moves(i64),
     Lost,
 }
@@ -53,7 +53,7 @@ struct Touch {
 impl Tx<'_> {
     /// The group that starts with instruction `first`, if there is one worth it.
     pub(super) fn plan(&mut self, first: usize) -> Option<Plan> {
-        if !self.long() || self.block.apart {
+        if !self.long() || self.block.apart || self.ctx.windows() {
             return None;
         }
         let block = self.block;
@@ -162,7 +162,7 @@ impl Tx<'_> {
     }
 
     /// What an instruction that may be part of a group does to guest register `base`.
-    fn change(&mut self, op: &Op, base: u8) -> Change {
+    pub(super) fn change(&mut self, op: &Op, base: u8) -> Change {
         let insn = &op.insn;
         match op.kind {
             Kind::Nop | Kind::Jcc(..) => return Change::Moves(0),

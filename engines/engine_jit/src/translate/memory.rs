@@ -102,6 +102,11 @@ impl Tx<'_> {
         a.alu_imm(Size::Q, 7, T, 4096 - size as i32);
         let jump = a.jcc(cc::A);
         a.load(Size::Q, I, Mem::GsBase(I, tlb + 16));
+        if self.ctx.windows() {
+            // The probe has clobbered EFLAGS.
+            let here = self.a.here() as u32;
+            self.map.push((here, op.off));
+        }
         let meta =
             base_meta | if write { meta::WRITE } else { 0 } | (size as u32) << meta::SIZE_SHIFT;
         let access = self.a.here();
@@ -237,6 +242,9 @@ impl Tx<'_> {
             if let Some(place) = self.in_group(disp) {
                 return self.grouped(op, &o, place);
             }
+            if let Some(kind) = self.window(op) {
+                return self.native_in_window(op, &o, kind);
+            }
             self.save_flags(op.live_before);
             let retry = self.a.here();
             let size = access_size(&op.insn);
@@ -257,7 +265,9 @@ impl Tx<'_> {
         let mut enc = o.enc;
         if let Some(direct) = in_place(&op.insn, &enc, &o.slots) {
             self.emit(op, &direct);
+            self.scratch.kept = true;
         } else {
+            self.scratch.kept = o.slots.is_empty();
             for (s, tmp) in o.slots.iter().zip([T, I]) {
                 if s.read {
                     self.a.load(Size::Q, tmp, Mem::Gs(gpr_slot(s.guest)));
@@ -334,6 +344,10 @@ impl Tx<'_> {
             return;
         }
         let d = dst.unwrap_or(T);
+        let in_host =
+            |r: Register| r == Register::None || r == Register::RIP || host(number(r)).is_some();
+        self.scratch.kept =
+            dst.is_some() && in_host(insn.memory_base()) && in_host(insn.memory_index());
         let wide = self.address_parts(insn, d);
         if wide && r.is_gpr32() {
             self.a.mov32(d, d);

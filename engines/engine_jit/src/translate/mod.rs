@@ -18,6 +18,7 @@ mod memory;
 mod stack;
 mod strings;
 mod system;
+mod window;
 
 use crate::asm::{Asm, Mem, Size, at, cc, reg};
 use crate::block::Imm;
@@ -47,7 +48,7 @@ pub struct Code {
     pub direct: usize,
     /// Offset of the entry for linked jumps with the FPU loaded.
     pub direct_fpu: usize,
-    /// Host offset and guest page offset of each instruction.
+    /// Host offset of each instruction, and its page offset with [`HOST_FLAGS`].
     pub map: Vec<(u32, u16)>,
     /// Immediates that were copied as they are.
     pub imms: Vec<Imm>,
@@ -88,6 +89,20 @@ pub mod link {
     pub const DISTANCE_SHIFT: u32 = 21;
 }
 
+/// Page offset in a word of [`Code::map`].
+pub const OFFSET: u16 = 0xfff;
+/// Bit of such a word: the guest's live flags are in EFLAGS, unless the instruction cannot fault on the host.
+pub const HOST_FLAGS: u16 = 0x8000;
+
+/// How the accesses of an instruction go.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Site {
+    /// Through a TLB.
+    Probe,
+    /// Through this window.
+    Window(usize),
+}
+
 /// Carry alone, as sums of several words pass it on.
 const CARRY: u32 = iced_x86::RflagsBits::CF;
 
@@ -115,10 +130,22 @@ struct Tx<'a> {
     group: Option<group::Group>,
     /// Instructions whose immediates are built into others.
     fixed: Vec<u16>,
+    /// How the accesses of an instruction go.
+    site: &'a dyn Fn(&Op) -> Site,
+    /// What the scratch registers hold for windows.
+    scratch: window::Scratch,
 }
 
-/// Translates `block` to code that will execute at `base`.
-pub fn translate(block: &Decoded, ctx: Context, stubs: &Stubs, base: u64, bmi2: bool) -> Code {
+/// Translates `block` to code that will execute at `base`. `site`: where there are windows, how the
+/// accesses of an instruction go.
+pub fn translate<'a>(
+    block: &'a Decoded,
+    ctx: Context,
+    stubs: &'a Stubs,
+    base: u64,
+    bmi2: bool,
+    site: &'a dyn Fn(&Op) -> Site,
+) -> Code {
     let mut x = Tx {
         a: Asm::new(base),
         ctx,
@@ -133,6 +160,8 @@ pub fn translate(block: &Decoded, ctx: Context, stubs: &Stubs, base: u64, bmi2: 
         beyond: Vec::new(),
         group: None,
         fixed: Vec::new(),
+        site,
+        scratch: window::Scratch::default(),
     };
     // Indirect entry: T is the linear address, the flags are in memory.
     x.a.alu_imm(Size::Q, 4, T, -4096);
@@ -153,8 +182,10 @@ pub fn translate(block: &Decoded, ctx: Context, stubs: &Stubs, base: u64, bmi2: 
             next = x.emit_group(next, &plan);
             continue;
         }
-        x.map.push((x.a.here() as u32, op.off));
+        x.mark(op);
+        x.scratch.kept = false;
         x.op(op);
+        x.after_window(op);
         next += 1;
     }
     if !block.closed {
@@ -242,6 +273,7 @@ impl Tx<'_> {
             flags::save_carry(&mut self.a);
         } else if self.flags == Flags::Host && live != 0 {
             flags::save(&mut self.a);
+            self.scratch.forget();
         }
         if live != 0 {
             self.flags = Flags::Memory;
@@ -257,6 +289,7 @@ impl Tx<'_> {
                 flags::restore_keeping_scratch(&mut self.a);
             } else {
                 flags::restore(&mut self.a);
+                self.scratch.forget();
             }
         }
         self.flags = Flags::Host;

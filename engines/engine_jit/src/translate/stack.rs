@@ -45,6 +45,9 @@ impl Tx<'_> {
         if let Some(place) = self.in_group(-8) {
             return self.push_grouped(op, place);
         }
+        if insn.op0_kind() != OpKind::Memory && self.window(op).is_some() {
+            return self.push_in_window(op);
+        }
         self.save_flags(op.live_before);
         let mut misses = Vec::new();
         if insn.op0_kind() == OpKind::Memory {
@@ -113,6 +116,9 @@ impl Tx<'_> {
             self.move_stack(8);
             return;
         }
+        if self.window(op).is_some() {
+            return self.pop_in_window(op);
+        }
         self.save_flags(op.live_before);
         let retry = self.a.here();
         self.stack_address(0, n);
@@ -141,6 +147,13 @@ impl Tx<'_> {
 
     pub(super) fn leave(&mut self, op: &Op) {
         let (size, n) = self.branch_size();
+        if self.window(op).is_some() {
+            let from = self.through(window::Base::Gpr(5), 0, window::STACK);
+            self.a.load(size, T, from);
+            self.a.lea(GUEST_RSP, at(reg::RBP, n));
+            self.a.mov(reg::RBP, T);
+            return;
+        }
         self.save_flags(op.live_before);
         let retry = self.a.here();
         if self.long() {

@@ -1,0 +1,246 @@
+//! Windows at run time: who gets them, and what becomes of host faults in translated code.
+
+use super::*;
+use crate::frontend::Op;
+use crate::translate::{HOST_FLAGS, OFFSET, Site};
+use crate::window::{self, Memory, Refusal, Windows};
+use iced_x86::Register;
+use x86emu::env::RamRange;
+use x86emu::state::{CpuState, gpr};
+
+/// The page tables and the RAM as a vCPU sees them.
+struct Seen<'a, 'b> {
+    cpu: &'a mut CpuState,
+    env: &'a mut dyn Env,
+    world: &'b World,
+    caches: &'a mut crate::tlb::Caches,
+    written: &'a mut Written,
+}
+
+impl Memory for Seen<'_, '_> {
+    fn walk(&mut self, gva: u64, write: bool) -> Option<u64> {
+        let features = *self.env.features();
+        let access = if write {
+            Access::write(self.cpu)
+        } else {
+            Access::read(self.cpu)
+        };
+        let mut env = JitEnv {
+            inner: &mut *self.env,
+            world: self.world,
+            caches: &mut *self.caches,
+            written: &mut *self.written,
+        };
+        paging::walk(self.cpu, &features, &mut env, gva, access)
+            .ok()
+            .map(|m| m.gpa)
+    }
+    fn page(&mut self, gpa: u64) -> Option<*const u8> {
+        self.env
+            .host_ptr(gpa, 4096, false)
+            .map(<*mut u8>::cast_const)
+    }
+    fn ram(&mut self, gpa: u64) -> Option<RamRange> {
+        self.env.ram_around(gpa)
+    }
+    fn let_write(&self, gpa: u64) -> bool {
+        self.world
+            .code_map
+            .page(gpa)
+            .is_some_and(|flags| !self.world.note_write(flags))
+    }
+}
+
+fn cycles() -> u64 {
+    // SAFETY: every x86-64 CPU has RDTSC, and Linux lets programs use it.
+    unsafe { std::arch::x86_64::_rdtsc() }
+}
+
+impl Runner<'_> {
+    /// Does something with the windows, which see the memory as this vCPU does.
+    fn with_windows<R>(&mut self, f: impl FnOnce(&mut Windows, &mut dyn Memory) -> R) -> R {
+        let VcpuMem { cpu, caches, .. } = &mut *self.vm;
+        let mut windows = std::mem::take(&mut caches.windows);
+        let mut seen = Seen {
+            cpu,
+            env: &mut *self.env,
+            world: self.world,
+            caches,
+            written: &mut self.written,
+        };
+        let r = f(&mut windows, &mut seen);
+        self.vm.caches.windows = windows;
+        r
+    }
+
+    /// The context that the next instruction runs in, with windows if its address space has them.
+    pub(super) fn context(&mut self) -> Context {
+        let ctx = Context::of(&self.vm.cpu);
+        if !Windows::possible() {
+            return ctx;
+        }
+        let had = Context(self.vm.ctx).windows();
+        let VcpuMem { cpu, caches, .. } = &mut *self.vm;
+        caches.heat.tick(cycles(), cpu.cr3, ctx.user(), had);
+        if !ctx.windowable(cpu) {
+            return ctx;
+        }
+        if !caches.windows.belong_to(cpu.cr3) {
+            let hot = Windows::always() || caches.heat.hot(cpu.cr3);
+            if !hot || !caches.windows.take(cpu.cr3) {
+                return ctx;
+            }
+            caches.heat.took();
+        }
+        if caches.windows.stale() {
+            let start = cycles();
+            self.with_windows(|w, memory| w.renew(memory));
+            self.charge(start);
+        }
+        if !self.vm.caches.windows.taken() {
+            return ctx;
+        }
+        ctx.with_windows(self.vm.caches.windows.low)
+    }
+
+    /// Windows have cost the time since `start`.
+    fn charge(&mut self, start: u64) {
+        let VcpuMem { cpu, caches, .. } = &mut *self.vm;
+        let pays = caches.heat.charge(cpu.cr3, cycles().wrapping_sub(start));
+        if !pays && !Windows::always() {
+            caches.windows.release();
+        }
+    }
+
+    /// How the accesses of an instruction should go.
+    pub(super) fn site(&self, cache: &cache::Cache, phys: u64, ctx: Context, op: &Op) -> Site {
+        if !ctx.windows() {
+            return Site::Probe;
+        }
+        let low = ctx.low_window();
+        if let Some(learned) = cache.site(phys & !0xfff | u64::from(op.off), low) {
+            return learned;
+        }
+        if low && self.looks_low(op) {
+            return Site::Window(window::LOW);
+        }
+        Site::Window(window::HIGH)
+    }
+
+    /// The operand seems to lie in the low window: what registers hold now is a good guess.
+    fn looks_low(&self, op: &Op) -> bool {
+        let insn = &op.insn;
+        let is_low = |v: u64| v < 1 << 40;
+        let value = |r: Register| self.vm.cpu.gpr[r.full_register().number() & 15];
+        let (base, index) = (insn.memory_base(), insn.memory_index());
+        match base {
+            Register::RIP => is_low(self.linear_pc()),
+            Register::RSP | Register::ESP => is_low(self.vm.cpu.gpr[gpr::RSP]),
+            Register::None if index == Register::None => true,
+            _ => {
+                let mut regs = [base, index].into_iter().filter(|&r| r != Register::None);
+                // A negative index says nothing.
+                !regs.any(|r| (1 << 40..1 << 47).contains(&value(r)))
+            }
+        }
+    }
+
+    /// A host fault in translated code. Returns where to go on.
+    pub(super) fn fault(&mut self) -> u64 {
+        let pc = std::mem::take(&mut self.vm.fault_pc);
+        self.vm.undo_repeat();
+        let ctx = Context(self.vm.ctx);
+        let mut refusal = None;
+        if ctx.windows() {
+            let start = cycles();
+            match self.mend() {
+                Ok(()) => {
+                    self.charge(start);
+                    self.vm.fault_at = pc;
+                    self.vm.fault.flags = self.vm.fault.flags & crate::layout::ARITH | 0x202;
+                    return self.world.stubs.mended;
+                }
+                Err(why) => refusal = Some(why),
+            }
+        }
+        let clears = self.world.clears.load(Ordering::Acquire);
+        let found = loop {
+            if let Some(cache) = self.world.cache(self.me) {
+                break cache.index_at(pc).and_then(|n| {
+                    let page = cache.get(n)?.phys & !0xfff;
+                    Some((n, page, cache.instruction_at(pc)?))
+                });
+            }
+            if self.world.clears.load(Ordering::Acquire) != clears {
+                // What the code was is not known any more.
+                break None;
+            }
+        };
+        let Some((block, page, word)) = found else {
+            log::error!("engine_jit: host fault at {pc:#x}, which is no translated instruction");
+            self.exit = Some(Exit::InternalError);
+            return 0;
+        };
+        if word & HOST_FLAGS != 0 {
+            let f = self.vm.fault.flags;
+            self.vm.flags = ((f & 0xd5) << 8 | f >> 11 & 1) as u32;
+        }
+        let offset = u32::from(word & OFFSET);
+        if let Some(why) = refusal {
+            self.learn(block, page | u64::from(offset), ctx, why);
+        }
+        self.sync(offset);
+        match self.step() {
+            Stepped::Retired | Stepped::Redirected => self.dispatch(),
+            Stepped::Exit(exit) => {
+                self.exit = Some(exit);
+                0
+            }
+        }
+    }
+
+    /// Maps what an access faulted on.
+    fn mend(&mut self) -> Result<(), Refusal> {
+        let fault = self.vm.fault;
+        if fault.vector != 14 {
+            return Err(Refusal::Outside);
+        }
+        let gva = window::guest_of(fault.address).ok_or(Refusal::Outside)?;
+        let cr3 = self.vm.cpu.cr3;
+        let mended = self.with_windows(|w, memory| {
+            if !w.belong_to(cr3) {
+                return Err(Refusal::Guest);
+            }
+            w.renew(memory);
+            w.map(memory, gva, fault.code & 2 != 0)
+        });
+        if !self.written.is_empty() && !self.kill_written() {
+            return Err(Refusal::Guest);
+        }
+        mended
+    }
+
+    /// Remembers that an instruction's accesses cannot go as they went, and takes its block out of use.
+    fn learn(&mut self, block: usize, phys: u64, ctx: Context, why: Refusal) {
+        let low = ctx.low_window();
+        let fault = self.vm.fault;
+        let Some(mut cache) = self.world.cache(self.me) else {
+            return;
+        };
+        let site = match why {
+            Refusal::Guest => return,
+            Refusal::Memory => Site::Probe,
+            Refusal::Outside if !low => return,
+            Refusal::Outside if cache.site(phys, low).is_some() => Site::Probe,
+            // The high window makes host addresses in the kernel's half of low addresses, the low window none
+            // that are canonical of high ones.
+            Refusal::Outside if fault.vector == 14 => Site::Window(window::LOW),
+            Refusal::Outside => Site::Window(window::HIGH),
+        };
+        cache.learn(phys, low, site);
+        let same = cache.get(block).is_some_and(|b| b.phys >> 12 == phys >> 12);
+        if same {
+            cache.kill(block as u32);
+        }
+    }
+}
