@@ -128,7 +128,7 @@ impl Arena {
         self.size - self.used
     }
 
-    /// Appends code, keeping the next allocation 16-byte aligned. `None` when it is full.
+    /// Appends code, keeping the next allocation 8-byte aligned. `None` when it is full.
     pub fn push(&mut self, code: &[u8]) -> Option<u64> {
         if code.len() + 16 > self.left() {
             return None;
@@ -138,7 +138,7 @@ impl Arena {
         unsafe {
             std::ptr::copy_nonoverlapping(code.as_ptr(), self.rw.add(self.used), code.len());
         }
-        self.used = (self.used + code.len() + 15) & !15;
+        self.used = (self.used + code.len() + 7) & !7;
         Some(at)
     }
 

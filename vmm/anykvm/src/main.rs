@@ -36,7 +36,10 @@ fn real_main() -> Result<u8, Error> {
     };
     start_log(cli.log.into());
     match cli.command {
-        Command::Run(args) => run::run(&args),
+        Command::Run(args) => {
+            vmm::heap::return_large_allocations();
+            run::run(&args)
+        }
         Command::Exec(args) => exec::exec(&args),
         Command::Check(args) => check(args.json),
         Command::Bench(args) if args.guest => {

@@ -10,6 +10,7 @@ pub mod channel;
 pub mod chipset;
 mod cpuid;
 mod entropy;
+pub mod heap;
 pub mod hypervisor;
 pub mod layout;
 pub mod machine;
