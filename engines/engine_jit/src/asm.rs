@@ -30,6 +30,8 @@ pub enum Mem {
     Gs(i32),
     /// `gs:[base + disp]`
     GsBase(Reg, i32),
+    /// `gs:[index * 8 + disp]`
+    GsIndex(Reg, i32),
     /// `[base + index * (1 << scale) + disp]`
     Sib(Option<Reg>, Option<(Reg, u8)>, i32),
 }
@@ -113,6 +115,10 @@ impl Asm {
                 }
                 self.d32(disp as u32);
             }
+            Mem::GsIndex(index, disp) => {
+                self.bytes(&[r | 4, 0xc5 | (index & 7) << 3]);
+                self.d32(disp as u32);
+            }
             Mem::Sib(base, index, disp) => {
                 let small = i8::try_from(disp).ok();
                 let (md, no_base) = match (base, small) {
@@ -144,11 +150,12 @@ impl Asm {
         let (x, b) = match mem {
             Mem::Gs(_) => (0, 0),
             Mem::GsBase(base, _) => (0, base >> 3),
+            Mem::GsIndex(index, _) => (index >> 3, 0),
             Mem::Sib(base, index, _) => {
                 (index.map_or(0, |(i, _)| i >> 3), base.map_or(0, |b| b >> 3))
             }
         };
-        if matches!(mem, Mem::Gs(_) | Mem::GsBase(..)) {
+        if matches!(mem, Mem::Gs(_) | Mem::GsBase(..) | Mem::GsIndex(..)) {
             self.buf.push(0x65);
         }
         if size == Size::W {
@@ -287,12 +294,21 @@ impl Asm {
 
     /// `pdep dst, src, gs:[mask]` (BMI2; no flags): the low bits of `src` at the places of the mask's ones.
     pub fn pdep(&mut self, dst: Reg, src: Reg, mask: i32) {
+        self.bits(3, dst, src, mask);
+    }
+
+    /// `pext dst, src, gs:[mask]` (BMI2; no flags): the bits of `src` at the places of the mask's ones.
+    pub fn pext(&mut self, dst: Reg, src: Reg, mask: i32) {
+        self.bits(2, dst, src, mask);
+    }
+
+    fn bits(&mut self, pp: u8, dst: Reg, src: Reg, mask: i32) {
         let r = u8::from(dst < 8) << 7;
         self.bytes(&[
             0x65,
             0xc4,
             r | 0x60 | 2,
-            0x80 | (!src & 15) << 3 | 3,
+            0x80 | (!src & 15) << 3 | pp,
             0xf5,
             (dst & 7) << 3 | 4,
             0x25,
@@ -310,6 +326,12 @@ impl Asm {
     pub fn jcc(&mut self, cc: u8) -> usize {
         self.bytes(&[0x0f, 0x80 | cc, 0, 0, 0, 0]);
         self.here() - 4
+    }
+
+    /// `jcc rel8`, to be bound later with [`Asm::bind8`].
+    pub fn jcc8(&mut self, cc: u8) -> usize {
+        self.bytes(&[0x70 | cc, 0]);
+        self.here() - 1
     }
 
     /// `jrcxz rel8`, to be bound later with [`Asm::bind8`].

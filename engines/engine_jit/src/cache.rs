@@ -3,6 +3,7 @@
 use crate::arena::Arena;
 use crate::block::{Block, Notes, Translation};
 use crate::code_page::{CodePage, fold};
+use crate::context::Context;
 use crate::lookup::Lookup;
 use crate::perf::Log;
 use crate::stubs::Stubs;
@@ -96,6 +97,8 @@ pub struct Cache {
     /// How accesses go that their windows do not suit: by guest-physical address of the instruction and context's
     /// low window.
     sites: Map<(u64, bool), Site>,
+    /// Exits of jumps through slots, by slot; see [`crate::far`].
+    pub fars: Vec<u64>,
 }
 
 /// Sites that are remembered.
@@ -214,6 +217,7 @@ impl Cache {
             }),
             copies: HashSet::default(),
             sites: Map::default(),
+            fars: Vec::new(),
         }
     }
 
@@ -437,10 +441,15 @@ impl Cache {
         let mut link = std::mem::take(&mut b.links);
         let b = *b;
         self.map.remove(hash(b.phys, b.ctx), i);
+        let lost = if Context(b.ctx).windows() {
+            self.stubs.far.leave
+        } else {
+            self.stubs.jump
+        };
         // Each entry is one instruction of five bytes or more that starts an aligned word, so one store
         // does it while other vCPUs execute there. At the first one T has the linear address.
         self.arena
-            .patch_word(b.indirect, &to(0xe9, b.indirect, self.stubs.jump));
+            .patch_word(b.indirect, &to(0xe9, b.indirect, lost));
         let dead = if b.live_in() {
             self.stubs.dead_flags
         } else {
@@ -541,6 +550,7 @@ impl Cache {
         self.map.clear();
         self.pages.clear();
         self.sites.clear();
+        self.fars.clear();
         self.arena.truncate(self.stubs_end);
     }
 

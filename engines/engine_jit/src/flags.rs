@@ -26,6 +26,7 @@ pub fn restore_carry(a: &mut Asm) {
 /// Memory to EFLAGS. Clobbers T.
 pub fn restore(a: &mut Asm) {
     a.mov(T, reg::RAX);
+    a.load(Size::W, reg::RAX, Mem::Gs(off::FLAGS));
     load(a);
     a.mov(reg::RAX, T);
 }
@@ -33,12 +34,13 @@ pub fn restore(a: &mut Asm) {
 /// Memory to EFLAGS, with T and I in use.
 pub fn restore_keeping_scratch(a: &mut Asm) {
     a.store(Size::Q, Mem::Gs(off::SPILL), reg::RAX);
+    a.load(Size::W, reg::RAX, Mem::Gs(off::FLAGS));
     load(a);
     a.load(Size::Q, reg::RAX, Mem::Gs(off::SPILL));
 }
 
-fn load(a: &mut Asm) {
-    a.load(Size::W, reg::RAX, Mem::Gs(off::FLAGS));
+/// RAX, as it was loaded from memory, to EFLAGS.
+pub fn load(a: &mut Asm) {
     // OF comes back by adding 0x7f to 0 or 1; SAHF leaves OF alone.
     a.bytes(&[0x04, 0x7f, 0x9e]);
 }

@@ -3,7 +3,7 @@
 use crate::context::Context;
 use crate::frontend::{self, BEYOND};
 use crate::run::HELPERS;
-use crate::translate::translate;
+use crate::translate::{Ask, translate};
 use crate::world::World;
 use kvm_core::engine::EngineError;
 
@@ -33,9 +33,17 @@ impl Translator {
             },
         };
         let base = self.0.code.end - (1 << 20);
-        let code = translate(&block, context, &self.0.stubs, base, self.0.bmi2, &|_| {
-            crate::translate::Site::Window(0)
-        });
+        let code = translate(
+            &block,
+            context,
+            &self.0.stubs,
+            base,
+            self.0.bmi2,
+            &Ask {
+                site: &|_| crate::translate::Site::Window(0),
+                far: 0,
+            },
+        );
         assert!(code.direct <= code.direct_fpu && code.direct_fpu <= code.bytes.len());
         usize::from(block.end).max(start + 1)
     }

@@ -1,7 +1,7 @@
 //! What emitted code reaches through `gs`: one block of memory per vCPU.
 
 use std::mem::offset_of;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use x86defs::rflags;
 use x86emu::state::CpuState;
 
@@ -90,7 +90,7 @@ pub struct VcpuMem {
     /// (see `translate`), RIP is `pc_base` plus the place in the code, and the arithmetic flags of
     /// `rflags` are zero: they are in EFLAGS or in `flags`.
     pub cpu: CpuState,
-    /// Nonzero: leave translated code at the next poll.
+    /// Nonzero, [`crate::far::ATTENTION_UP`]: leave translated code at the next poll.
     pub attention: AtomicU32,
     /// Nonzero: an interrupt waits for RFLAGS.IF.
     pub irq_window: u32,
@@ -122,6 +122,8 @@ pub struct VcpuMem {
     pub fault: Fault,
     /// Where to go on after a fault that was mended.
     pub fault_at: u64,
+    /// [`crate::far::JUMP_MASK`], or 0 while the attention flag is up.
+    pub jump_mask: AtomicU64,
     /// [`crate::window::MASKS`].
     pub window_masks: [u64; 2],
     /// [`crate::window::PLACES`].
@@ -193,6 +195,7 @@ offsets! {
     FAULT_I = fault.i;
     FAULT_FLAGS = fault.flags;
     FAULT_AT = fault_at;
+    JUMP_MASK = jump_mask;
     WINDOW_MASKS = window_masks;
     WINDOW_PLACES = window_places;
     THIS = this;
@@ -213,6 +216,7 @@ offsets! {
     SHADOW_RSP = caches.shadow.rsp;
     SHADOW_BASE = caches.shadow.base;
     SHADOW_LIMIT = caches.shadow.limit;
+    SHADOW_EMPTY_TO = caches.shadow.empty_to;
 }
 
 /// Bits of [`VcpuMem::repeat`]. While it runs, RSI and RDI are host addresses, RCX counts what is left in the
@@ -353,6 +357,23 @@ impl VcpuMem {
         let f = self.cpu.rflags;
         self.flags = ((f & 0xd5) << 8 | (f >> 11) & 1) as u32;
         self.cpu.rflags = f & !ARITH & !rflags::RF | 2;
+    }
+
+    /// Raises the attention flag.
+    pub fn raise_attention(&self) {
+        self.attention
+            .store(crate::far::ATTENTION_UP, Ordering::SeqCst);
+        self.jump_mask.store(0, Ordering::SeqCst);
+    }
+
+    /// Lets jumps look into the jump cache again after the attention flag was lowered.
+    pub fn settle(&self) {
+        self.jump_mask
+            .store(crate::far::JUMP_MASK, Ordering::SeqCst);
+        // Whoever raises the flag writes it before the mask: either it is seen here, or the mask is cleared later.
+        if self.attention.load(Ordering::SeqCst) != 0 {
+            self.jump_mask.store(0, Ordering::SeqCst);
+        }
     }
 
     /// The attention flag is raised.

@@ -15,6 +15,7 @@ mod code_page;
 mod code_writes;
 mod context;
 mod env;
+mod far;
 mod flags;
 mod frontend;
 #[doc(hidden)]

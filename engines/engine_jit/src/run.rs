@@ -11,7 +11,7 @@ use crate::frontend;
 use crate::layout::VcpuMem;
 use crate::recent::Recent;
 use crate::stats::Stats;
-use crate::translate::{meta, translate};
+use crate::translate::{Ask, meta, translate};
 use crate::world::{PAGE_CODE, PAGE_WRITTEN, VcpuBox, World};
 use crate::{cache, perf, signal};
 use std::sync::atomic::Ordering;
@@ -279,7 +279,7 @@ impl<'a> Runner<'a> {
         }
         // The world was stopped while waiting; the write stands, so its translations must go before
         // this vCPU leaves.
-        self.vm.attention.store(1, Ordering::SeqCst);
+        self.vm.raise_attention();
         self.world.leave(self.me);
         self.world.cache_outside().changed(gfn, lines, read);
         self.world.enter(self.me);
@@ -313,15 +313,24 @@ impl<'a> Runner<'a> {
         self.vm.ctx = ctx.0;
         self.vm.caches.enter_context(ctx);
         // If that block is dead, its entry leads to `find`.
-        match self.vm.caches.jump(ctx.tlb(), pc) {
+        match self.vm.caches.jump(ctx, pc) {
             Some(entry) => {
                 self.vm.t = pc;
-                self.vm.fpu_reload = 0;
-                self.vm.split_flags();
-                entry
+                self.go(entry)
             }
             None => self.find(),
         }
+    }
+
+    /// How an indirect entry is gone to, with T set, and the flags in RFLAGS.
+    fn go(&mut self, entry: u64) -> u64 {
+        self.vm.fpu_reload = 0;
+        self.vm.split_flags();
+        if Context(self.vm.ctx).windows() {
+            self.vm.ret_addr = entry;
+            return self.world.stubs.far.enter;
+        }
+        entry
     }
 
     /// As [`Self::dispatch`], for an address that the jump cache does not have, or has no living block
@@ -362,11 +371,12 @@ impl<'a> Runner<'a> {
                     Err(()) => return 0,
                 },
             };
-            self.vm.caches.fill_jump(ctx.tlb(), pc, entry);
+            self.vm.caches.fill_jump(ctx, pc, entry);
+            if ctx.windows() {
+                self.vm.caches.far.note_page(phys >> 12, pc >> 12);
+            }
             self.vm.t = pc;
-            self.vm.fpu_reload = 0;
-            self.vm.split_flags();
-            return entry;
+            return self.go(entry);
         }
     }
 
@@ -391,6 +401,9 @@ impl<'a> Runner<'a> {
         };
         // A flush of either page must drop the jump.
         self.vm.caches.note_jump_page(next);
+        if ctx.windows() {
+            self.vm.caches.far.note_page(second >> 12, next >> 12);
+        }
         match self.block(phys, Some(second), ctx, |b| b.indirect) {
             Ok(entry) => Ok(Some(entry)),
             Err(NoBlock::NeedsSecond) => Ok(None),
@@ -564,19 +577,25 @@ impl<'a> Runner<'a> {
             decoded.copies |= second.is_some() || cache.needs_copies(phys);
             let base = cache.arena.next();
             let site = |op: &frontend::Op| self.site(cache, phys, ctx, op);
-            let code = translate(
-                &decoded,
-                ctx,
-                &self.world.stubs,
-                base,
-                self.world.bmi2,
-                &site,
-            );
+            let ask = Ask {
+                site: &site,
+                far: cache.fars.len() as u32,
+            };
+            let (stubs, bmi2) = (&self.world.stubs, self.world.bmi2);
+            let code = translate(&decoded, ctx, stubs, base, bmi2, &ask);
             self.stats.translated += decoded.ops.len() as u64;
             let Some(at) = cache.arena.push(&code.bytes) else {
                 self.exit = Some(Exit::InternalError);
                 return Err(NoBlock::Leave);
             };
+            cache.fars.resize(cache.fars.len() + code.fars.len(), 0);
+            for &(slot, exit) in &code.fars {
+                let exit = at + exit as u64;
+                if let Some(known) = cache.fars.get_mut(slot as usize) {
+                    *known = exit;
+                }
+                self.vm.caches.far.add(slot as usize, exit, stubs.far.leave);
+            }
             let block = Translation {
                 phys,
                 stop: decoded.end.min(4096),
@@ -781,7 +800,7 @@ impl<'a> Runner<'a> {
             return false;
         };
         let Some(mut cache) = self.world.cache(self.me) else {
-            self.vm.attention.store(1, Ordering::SeqCst);
+            self.vm.raise_attention();
             return false;
         };
         let lines = cache.lines_address(gpa >> 12) as u64;

@@ -21,6 +21,8 @@ const ROOM: usize = 256 << 10;
 const ABOVE: usize = 4096;
 const STACK: usize = ROOM + ENTRIES + ABOVE;
 const GUARD: usize = 4096;
+/// How far below the stack pointer emitted code probes for room.
+pub const PROBE: i32 = ROOM as i32;
 
 /// The stacks of one vCPU. Emitted code reads the first three fields.
 #[derive(Debug)]
@@ -32,6 +34,10 @@ pub struct Shadow {
     pub base: u64,
     /// Below this there is no room for an entry.
     pub limit: u64,
+    /// Where a return on an empty stack goes on.
+    pub empty_to: u64,
+    /// Its values: for code without windows, and with them.
+    empties: [u64; 2],
     /// The current stack is the supervisor's.
     current: usize,
     /// Where the other one is; by index, user first.
@@ -73,6 +79,8 @@ impl Shadow {
             rsp: bases[0],
             base: bases[0],
             limit: bases[0] - ENTRIES as u64,
+            empty_to: 0,
+            empties: [0; 2],
             current: 0,
             saved: bases,
             bases,
@@ -80,8 +88,11 @@ impl Shadow {
         })
     }
 
-    /// Says where a return on an empty stack goes. Only before the vCPU runs.
-    pub fn set_empty(&mut self, stub: u64) {
+    /// Says where a return on an empty stack goes, and what that stub goes on to without and with windows. Only
+    /// before the vCPU runs.
+    pub fn set_empty(&mut self, stub: u64, on: [u64; 2]) {
+        self.empties = on;
+        self.empty_to = on[0];
         for base in self.bases {
             for i in 0..ABOVE as u64 / 16 {
                 // SAFETY: within the mapping; [`ABOVE`] is left above each base.
@@ -94,6 +105,16 @@ impl Shadow {
         }
     }
 
+    /// A host fault at `address` is the probe for room of a full stack, which is empty again then.
+    pub fn overflown(&mut self, address: u64) -> bool {
+        let guard = self.base + ABOVE as u64 - (GUARD + STACK) as u64;
+        let full = address.wrapping_sub(guard) < GUARD as u64;
+        if full {
+            self.rsp = self.base;
+        }
+        full
+    }
+
     /// Empties the stack of one privilege.
     pub fn reset(&mut self, user: bool) {
         let n = usize::from(!user);
@@ -104,7 +125,8 @@ impl Shadow {
     }
 
     /// Goes to the stack of a privilege.
-    pub fn select(&mut self, user: bool) {
+    pub fn select(&mut self, user: bool, windows: bool) {
+        self.empty_to = self.empties[usize::from(windows)];
         let n = usize::from(!user);
         if n != self.current {
             self.saved[self.current] = self.rsp;

@@ -74,6 +74,10 @@ pub struct Stubs {
     pub lookup: [u64; 3],
     /// Where a return on an empty stack goes.
     pub empty: u64,
+    /// Where it goes on without windows.
+    pub empty_plain: u64,
+    /// The ways of code with windows.
+    pub far: FarStubs,
     /// Reached by `call`, of the stubs in [`crate::miss`].
     pub memory: u64,
     /// By TLB, reached by `call`; see [`crate::miss`].
@@ -108,6 +112,25 @@ pub struct Stubs {
     pub wrote_back: u64,
     /// `call`: loads the guest's FPU state. Clobbers nothing but T and I.
     pub load_fpu: u64,
+}
+
+/// Stubs of [`crate::far`]: for code with windows, whose flags are in EFLAGS.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FarStubs {
+    /// Goes to the indirect entry in `VcpuMem::ret_addr` with flags from memory.
+    pub enter: u64,
+    /// `jmp`: [`Stubs::jump`].
+    pub leave: u64,
+    /// `call`: [`Stubs::land`].
+    pub land: u64,
+    /// `jmp`: an indirect branch whose target is not in the jump cache; its branch word is in I.
+    pub lost: u64,
+    /// `jmp`: fills the slot whose offset is in I, and goes to T.
+    pub unfilled: u64,
+    /// `jmp`: [`Stubs::astray`].
+    pub astray: u64,
+    /// A return on an empty stack.
+    pub empty: u64,
 }
 
 /// Stubs of [`crate::miss`] for one TLB.
@@ -249,6 +272,8 @@ pub fn emit(a: &mut Asm, helpers: &Helpers, avx: bool) -> Stubs {
         lookup(a, which, s.level2[which]);
     }
     s.empty = a.pc();
+    a.jmp_mem(Mem::Gs(off::SHADOW_EMPTY_TO));
+    s.empty_plain = a.pc();
     a.load(Size::Q, reg::RSP, Mem::Gs(off::SHADOW_BASE));
     for (bit, which) in [(Context::USER, TLB_USER), (Context::AC, TLB_KERNEL_AC)] {
         a.op_mem(Size::D, &[0xf6], 0, Mem::Gs(off::CTX)); // test byte
@@ -298,6 +323,7 @@ pub fn emit(a: &mut Asm, helpers: &Helpers, avx: bool) -> Stubs {
         }
     }
     crate::miss::emit(a, &mut s);
+    crate::far::emit(a, &mut s);
     s.commit = a.pc();
     commit(a, wrote);
     s

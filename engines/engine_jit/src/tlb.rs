@@ -5,6 +5,7 @@
 
 use crate::code_writes::CodeWrites;
 use crate::context::Context;
+use crate::far::Far;
 use crate::heat::Heat;
 use crate::layout::{
     GROUP_SHIFT, JUMP_ENTRIES, JUMP2_ENTRIES, JumpEntry, TLB_ENTRIES, TLB_GROUPS, TLB_KERNEL,
@@ -62,6 +63,8 @@ pub struct Caches {
     pub windows: Windows,
     /// Which address spaces should have windows.
     pub heat: Heat,
+    /// How code with windows jumps.
+    pub far: Far,
     jumps_filled: [Vec<u16>; 3],
     jumps2_filled: [Vec<u16>; 3],
     /// One bit per hash of a page of 2 MiB, and of 1 GiB, that was cached since the last full flush.
@@ -96,7 +99,7 @@ impl Caches {
     /// # Safety
     /// `this` is valid for writes, and nothing else refers to it.
     #[expect(unsafe_code, reason = "too large to be built on the stack and moved")]
-    pub unsafe fn init(this: *mut Caches, shadow: Shadow) {
+    pub unsafe fn init(this: *mut Caches, shadow: Shadow, lost: u64) {
         // SAFETY: the caller's promise. The vectors are written before a reference is made; all
         // other fields are integers, valid as zero.
         unsafe {
@@ -106,6 +109,7 @@ impl Caches {
             (&raw mut (*this).shadow).write(shadow);
             (&raw mut (*this).windows).write(Windows::default());
             (&raw mut (*this).heat).write(Heat::default());
+            Far::init(&raw mut (*this).far, lost);
             for which in 0..3 {
                 (*this).tlb[which][0] = TlbEntry::invalid(0);
                 (*this).jumps[which][0] = JumpEntry::empty(0);
@@ -152,12 +156,17 @@ impl Caches {
     }
 
     /// Enters the code for a linear address.
-    pub fn fill_jump(&mut self, u: usize, pc: u64, host: u64) {
-        let i = jump_index(pc);
-        if self.jumps[u][i].host == 0 {
-            self.jumps_filled[u].push(i as u16);
+    pub fn fill_jump(&mut self, ctx: Context, pc: u64, host: u64) {
+        let u = ctx.tlb();
+        if ctx.windows() {
+            self.far.fill(pc, host);
+        } else {
+            let i = jump_index(pc);
+            if self.jumps[u][i].host == 0 {
+                self.jumps_filled[u].push(i as u16);
+            }
+            self.jumps[u][i] = JumpEntry { pc, host };
         }
-        self.jumps[u][i] = JumpEntry { pc, host };
         let i = jump2_index(pc);
         if self.jumps2[u][i].host == 0 {
             self.jumps2_filled[u].push(i as u16);
@@ -167,7 +176,13 @@ impl Caches {
     }
 
     /// The indirect entry of the code for a linear address, if it is known.
-    pub fn jump(&self, u: usize, pc: u64) -> Option<u64> {
+    pub fn jump(&self, ctx: Context, pc: u64) -> Option<u64> {
+        let u = ctx.tlb();
+        if ctx.windows()
+            && let Some(host) = self.far.jump(pc)
+        {
+            return Some(host);
+        }
         [
             &self.jumps[u][jump_index(pc)],
             &self.jumps2[u][jump2_index(pc)],
@@ -295,7 +310,7 @@ impl Caches {
     /// Code of context `ctx` is about to run. The jump caches of the supervisor serve one family of
     /// contexts at a time, as STAC and CLAC go from one to the other in emitted code.
     pub fn enter_context(&mut self, ctx: Context) {
-        self.shadow.select(ctx.user());
+        self.shadow.select(ctx.user(), ctx.windows());
         if ctx.user() {
             if self.jump_ctx[0] != ctx.0 {
                 self.switches += 1;
@@ -319,6 +334,9 @@ impl Caches {
             self.jumps2[u][usize::from(i)] = JumpEntry::empty(usize::from(i));
         }
         self.jumps2_filled[u].clear();
+        if u == TLB_USER {
+            self.far.flush();
+        }
         self.shadow.reset(u == TLB_USER);
     }
 

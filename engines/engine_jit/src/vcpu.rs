@@ -123,6 +123,8 @@ impl EngineVcpu for JitVcpu {
 
     fn clear_attention(&mut self) {
         self.mem.attention().store(0, Ordering::SeqCst);
+        // SAFETY: `&mut self` means the vCPU is not running; others touch atomics only.
+        unsafe { &*self.mem.mem() }.settle();
     }
 
     fn run(&mut self, env: &mut dyn Env, irq_window: bool) -> Exit {

@@ -103,7 +103,7 @@ impl VcpuBox {
     /// When there is no memory.
     pub fn new(stubs: &stubs::Stubs) -> Result<Self, EngineError> {
         let mut shadow = Shadow::new()?;
-        shadow.set_empty(stubs.empty);
+        shadow.set_empty(stubs.empty, [stubs.empty_plain, stubs.far.empty]);
         // SAFETY: a fresh mapping, whose pages are zero and cost nothing before they are written; the result is
         // checked. Zeroed bytes are valid for the integer fields, and the fields that are not plain integers
         // (state, vectors) are written before any use.
@@ -121,7 +121,8 @@ impl VcpuBox {
             }
             let mem = mem.cast::<VcpuMem>();
             (&raw mut (*mem).cpu).write(x86emu::state::CpuState::default());
-            crate::tlb::Caches::init(&raw mut (*mem).caches, shadow);
+            crate::tlb::Caches::init(&raw mut (*mem).caches, shadow, stubs.far.leave);
+            (*mem).jump_mask = AtomicU64::new(crate::far::JUMP_MASK);
             (*mem).this = mem as u64;
             (*mem).host_mxcsr = 0x1f80;
             (*mem).window_masks = crate::window::MASKS;
@@ -157,7 +158,8 @@ impl Drop for VcpuBox {
 
 impl Kick for VcpuBox {
     fn kick(&self) {
-        self.attention().store(1, Ordering::SeqCst);
+        // SAFETY: the fields are atomic and live as long as the box.
+        unsafe { &*self.mem }.raise_attention();
     }
 }
 

@@ -144,9 +144,7 @@ extern "sysv64" fn helper_link(vm: *mut VcpuMem, ret: *const u8) -> u64 {
             drop(cache);
             if r.interrupted().is_none() {
                 r.vm.t = r.linear_pc();
-                r.vm.fpu_reload = 0;
-                r.vm.split_flags();
-                return indirect;
+                return r.go(indirect);
             }
             return r.dispatch();
         }
@@ -159,6 +157,10 @@ extern "sysv64" fn helper_jump(vm: *mut VcpuMem, _: *const u8) -> u64 {
     // SAFETY: called by the stub with its contract.
     let r = unsafe { runner(vm) };
     r.stats.jumps += 1;
+    if Context(r.vm.ctx).windows() {
+        r.vm.caches.far.stray();
+        r.vm.settle();
+    }
     let branch = std::mem::take(&mut r.vm.branch);
     if branch != 0
         && Context(r.vm.ctx).code_size() == CodeSize::Bits64

@@ -91,8 +91,11 @@ impl Runner<'_> {
                 return ctx;
             }
             caches.heat.took();
+            if !self.learn_slots() {
+                return ctx;
+            }
         }
-        if caches.windows.stale() {
+        if self.vm.caches.windows.stale() {
             let start = cycles();
             self.with_windows(|w, memory| w.renew(memory));
             self.charge(start);
@@ -149,6 +152,10 @@ impl Runner<'_> {
     pub(super) fn fault(&mut self) -> u64 {
         let pc = std::mem::take(&mut self.vm.fault_pc);
         self.vm.undo_repeat();
+        let address = self.vm.fault.address;
+        if self.vm.fault.vector == 14 && self.vm.caches.shadow.overflown(address) {
+            return self.mended(pc);
+        }
         let ctx = Context(self.vm.ctx);
         let mut refusal = None;
         if ctx.windows() {
@@ -156,9 +163,7 @@ impl Runner<'_> {
             match self.mend() {
                 Ok(()) => {
                     self.charge(start);
-                    self.vm.fault_at = pc;
-                    self.vm.fault.flags = self.vm.fault.flags & crate::layout::ARITH | 0x202;
-                    return self.world.stubs.mended;
+                    return self.mended(pc);
                 }
                 Err(why) => refusal = Some(why),
             }
@@ -197,6 +202,25 @@ impl Runner<'_> {
                 0
             }
         }
+    }
+
+    /// Goes back to the instruction that faulted.
+    fn mended(&mut self, pc: u64) -> u64 {
+        self.vm.fault_at = pc;
+        self.vm.fault.flags = self.vm.fault.flags & crate::layout::ARITH | 0x202;
+        self.world.stubs.mended
+    }
+
+    /// Gets to know the jumps through slots that others have translated. False if that cannot be now.
+    fn learn_slots(&mut self) -> bool {
+        let clears = self.world.clears.load(Ordering::Acquire);
+        let Some(cache) = self.world.cache(self.me) else {
+            self.vm.caches.windows.release();
+            return false;
+        };
+        let far = &mut self.vm.caches.far;
+        far.learn(&cache.fars, clears, self.world.stubs.far.leave);
+        true
     }
 
     /// Maps what an access faulted on.

@@ -16,9 +16,18 @@ impl Tx<'_> {
         self.restore_flags(op.live_before | op.reads, false);
         self.scratch.kept = true;
         let code = cond as u8 - ConditionCode::o as u8;
+        let inside = self.linkable(target);
+        if inside && target <= i64::from(op.off) {
+            // A loop: one jump that is taken, and the poll in its way.
+            let leave = self.a.jcc8(code ^ 1);
+            let flags = self.flags;
+            self.jump_direct(target, op.live_target, true);
+            self.flags = flags;
+            self.a.bind8(leave);
+            return;
+        }
         self.a.align_link(2);
         let jump = self.a.jcc(code);
-        let inside = self.linkable(target);
         if inside && target > i64::from(op.off) {
             self.cold.push(Cold::Link {
                 site: jump,
@@ -37,13 +46,16 @@ impl Tx<'_> {
     }
 
     /// A jump to page offset `target` can be linked.
-    fn linkable(&self, target: i64) -> bool {
+    pub(super) fn linkable(&self, target: i64) -> bool {
         (0..4096).contains(&target) && !self.block.crossing.contains(&(target as u16))
     }
 
     /// Jumps to a page offset; outside the page, through the jump cache.
     pub(super) fn jump_direct(&mut self, target: i64, live: u32, backwards: bool) {
         if !self.linkable(target) {
+            if self.ctx.windows() {
+                return self.jump_far(target, live, backwards);
+            }
             self.save_flags(live);
             self.load_linear(T, target);
             self.jump_t(0);
@@ -180,15 +192,6 @@ impl Tx<'_> {
     /// Pushes the return address; flags are out of the way.
     pub(super) fn push_return(&mut self, op: &Op, misses: &mut Vec<PendingMiss>) {
         let (size, n) = self.branch_size();
-        if self.window(op).is_some() {
-            let to = self.resolved(window::Base::Gpr(4), -n, window::STACK);
-            self.load_linear(I, i64::from(op.off) + op.insn.len() as i64);
-            self.a.store(size, to, I);
-            self.a.mov(T, I);
-            self.scratch.forget();
-            self.move_stack(-n);
-            return;
-        }
         let retry = self.a.here();
         self.stack_address(-n, n);
         misses.push(self.probe(n as usize, true, retry, op));
@@ -202,6 +205,9 @@ impl Tx<'_> {
     }
 
     pub(super) fn call_direct(&mut self, op: &Op, target: i64) {
+        if self.ctx.windows() {
+            return self.call_far(op, target);
+        }
         self.save_flags(op.live_before);
         let mut misses = Vec::new();
         self.push_return(op, &mut misses);
@@ -285,6 +291,9 @@ impl Tx<'_> {
     }
 
     pub(super) fn jump_indirect(&mut self, op: &Op) {
+        if self.ctx.windows() {
+            return self.jump_indirect_far(op);
+        }
         self.save_flags(op.live_before);
         let mut misses = Vec::new();
         self.load_target(op, &mut misses);
@@ -293,6 +302,9 @@ impl Tx<'_> {
     }
 
     pub(super) fn call_indirect(&mut self, op: &Op) {
+        if self.ctx.windows() {
+            return self.call_indirect_far(op);
+        }
         self.save_flags(op.live_before);
         let mut misses = Vec::new();
         self.load_target(op, &mut misses);
@@ -330,7 +342,9 @@ impl Tx<'_> {
 
     pub(super) fn ret(&mut self, op: &Op, release: u16) {
         let (size, n) = self.branch_size();
-        self.save_flags(op.live_before);
+        if self.window(op).is_none() {
+            self.save_flags(op.live_before);
+        }
         let mut miss = None;
         if let Some(place) = self.in_group(0) {
             self.a.load(size, T, at(I, place));
@@ -343,6 +357,10 @@ impl Tx<'_> {
             self.stack_address(0, n);
             miss = Some(self.probe(n as usize, false, retry, op));
             self.a.load(size, T, Mem::Sib(Some(I), Some((T, 0)), 0));
+        }
+        if self.ctx.windows() {
+            // Loads T, which a return keeps in memory meanwhile.
+            self.settle_flags(op.live_before);
         }
         let moved = n + i32::from(release);
         self.move_stack(moved);

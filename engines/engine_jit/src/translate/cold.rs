@@ -46,6 +46,15 @@ pub(super) enum Cold {
         flags: Flags,
         resume: usize,
     },
+    /// A jump through a slot: its number.
+    Far { slot: u32 },
+    /// An indirect branch whose target is not in the jump cache: jump to bind, its branch word, where the
+    /// return of a call lands.
+    LostFar {
+        jump: usize,
+        branch: u32,
+        lands: Option<usize>,
+    },
     /// The attention flag is up at a direct call: jump to bind, page offset of the target, where its
     /// return lands.
     CallPoll {
@@ -300,6 +309,23 @@ impl Tx<'_> {
                     self.a.jmp_to(self.stubs.level2_branch[self.ctx.tlb()]);
                 }
             }
+            Cold::Far { slot } => {
+                self.fars.push((slot, self.a.here()));
+                self.a.mov_imm(I, u64::from(slot) * 8);
+                self.a.jmp_to(self.stubs.far.unfilled);
+            }
+            Cold::LostFar {
+                jump,
+                branch,
+                lands,
+            } => {
+                self.a.bind(jump);
+                if let Some(lands) = lands {
+                    self.push_landing(lands);
+                }
+                self.a.mov_imm(I, branch.into());
+                self.a.jmp_to(self.stubs.far.lost);
+            }
             Cold::CallPoll {
                 jump,
                 target,
@@ -332,7 +358,12 @@ impl Tx<'_> {
             }
             Cold::Land { site, target } => {
                 self.a.bind(site);
-                self.call_link(self.stubs.land, site, u32::from(target) | link::LANDS);
+                let stub = if self.ctx.windows() {
+                    self.stubs.far.land
+                } else {
+                    self.stubs.land
+                };
+                self.call_link(stub, site, u32::from(target) | link::LANDS);
             }
             Cold::Taken { jump, target, live } => {
                 self.a.bind(jump);

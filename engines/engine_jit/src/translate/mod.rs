@@ -13,6 +13,7 @@
 
 mod branch;
 mod cold;
+mod far;
 mod group;
 mod memory;
 mod stack;
@@ -52,6 +53,16 @@ pub struct Code {
     pub map: Vec<(u32, u16)>,
     /// Immediates that were copied as they are.
     pub imms: Vec<Imm>,
+    /// Jumps through slots, from [`Ask::far`] on: slot, and offset of the exit.
+    pub fars: Vec<(u32, usize)>,
+}
+
+/// What the translator asks about code with windows.
+pub struct Ask<'a> {
+    /// How the accesses of an instruction go.
+    pub site: &'a dyn Fn(&Op) -> Site,
+    /// The first slot that is free; see [`crate::far`].
+    pub far: u32,
 }
 
 /// Bits of the inline data word behind a call of the `memory` and `interpret` stubs.
@@ -130,21 +141,21 @@ struct Tx<'a> {
     group: Option<group::Group>,
     /// Instructions whose immediates are built into others.
     fixed: Vec<u16>,
-    /// How the accesses of an instruction go.
-    site: &'a dyn Fn(&Op) -> Site,
+    ask: &'a Ask<'a>,
+    fars: Vec<(u32, usize)>,
+    fars_used: u32,
     /// What the scratch registers hold for windows.
     scratch: window::Scratch,
 }
 
-/// Translates `block` to code that will execute at `base`. `site`: where there are windows, how the
-/// accesses of an instruction go.
+/// Translates `block` to code that will execute at `base`.
 pub fn translate<'a>(
     block: &'a Decoded,
     ctx: Context,
     stubs: &'a Stubs,
     base: u64,
     bmi2: bool,
-    site: &'a dyn Fn(&Op) -> Site,
+    ask: &'a Ask<'a>,
 ) -> Code {
     let mut x = Tx {
         a: Asm::new(base),
@@ -160,13 +171,20 @@ pub fn translate<'a>(
         beyond: Vec::new(),
         group: None,
         fixed: Vec::new(),
-        site,
+        ask,
+        fars: Vec::new(),
+        fars_used: 0,
         scratch: window::Scratch::default(),
     };
     // Indirect entry: T is the linear address, the flags are in memory.
-    x.a.alu_imm(Size::Q, 4, T, -4096);
-    x.a.store(Size::Q, Mem::Gs(off::PC_BASE), T);
-    if block.live_in != 0 {
+    if ctx.windows() {
+        let off = block.ops.first().map_or(0, |o| o.off);
+        x.enter_far(off);
+    } else {
+        x.a.alu_imm(Size::Q, 4, T, -4096);
+        x.a.store(Size::Q, Mem::Gs(off::PC_BASE), T);
+    }
+    if block.live_in != 0 && !ctx.windows() {
         flags::restore(&mut x.a);
     }
     let direct = x.entry();
@@ -190,7 +208,9 @@ pub fn translate<'a>(
     }
     if !block.closed {
         let live = block.ops.last().map_or(ARITH, |o| o.live_after);
-        if block.before_crossing {
+        if block.before_crossing && ctx.windows() {
+            x.jump_far(i64::from(block.end), live, false);
+        } else if block.before_crossing {
             // Both pages must be looked up: that is the jump cache's business.
             x.save_flags(live);
             x.load_linear(T, i64::from(block.end));
@@ -206,6 +226,7 @@ pub fn translate<'a>(
         direct_fpu,
         map: x.map,
         imms: x.imms,
+        fars: x.fars,
     }
 }
 

@@ -78,7 +78,7 @@ impl Tx<'_> {
         if !self.ctx.windows() {
             return None;
         }
-        match (self.site)(op) {
+        match (self.ask.site)(op) {
             Site::Probe => None,
             Site::Window(kind) => Some(kind),
         }
@@ -240,7 +240,9 @@ impl Tx<'_> {
             }
             Mem::Sib(Some(base), None, disp) => HostMem::BaseDisp(base, disp),
             // No other form is made.
-            Mem::Sib(..) | Mem::Gs(_) | Mem::GsBase(..) => HostMem::BaseDisp(T, 0),
+            Mem::Sib(..) | Mem::Gs(_) | Mem::GsBase(..) | Mem::GsIndex(..) => {
+                HostMem::BaseDisp(T, 0)
+            }
         });
         if flags != self.flags {
             self.mark(op);

@@ -1,0 +1,343 @@
+//! How hot user code, which has windows, jumps: with the flags in EFLAGS wherever it goes.
+//!
+//! A direct jump or call out of its page goes through a *slot* of the vCPU's, a word that holds the host address of
+//! the target, or of the exit behind the block that looks the target up. Slots are filled by a stub from the jump
+//! cache, and emptied with it; so they need no check. That holds as long as a page of code lies at one
+//! linear address only: where a second one shows up, slots are not used until the next flush.
+//!
+//! Indirect jumps look into a jump cache of their own, with an index and a comparison that leave the flags alone.
+//! So nothing needs to be saved, and there is no poll: whoever raises the attention flag clears the mask
+//! that makes the index, and index 0 never matches; jumps backwards through slots add the flag to
+//! the slot's address, and find the words of a second array.
+
+use crate::asm::{Asm, Mem, Size, at, cc, reg};
+use crate::cache::IntHasher;
+use crate::flags;
+use crate::layout::{
+    JUMP2_ENTRIES, JUMP2_HASH, JUMP2_SHIFT, JumpEntry, TLB_USER, VcpuMem, jumps2_base, off,
+};
+use crate::stubs::{I, Stubs, T};
+use std::collections::HashMap;
+use std::hash::BuildHasherDefault;
+use std::mem::offset_of;
+
+/// Slots of a virtual machine; a power of two.
+pub const SLOTS: usize = 1 << 15;
+/// What the attention flag is when it is up: the distance from a slot to its word in the second array.
+pub const ATTENTION_UP: u32 = (SLOTS * 8) as u32;
+/// Entries of the jump cache; a power of two.
+const JUMPS: usize = 1 << 14;
+/// The bits of an address that make the index.
+pub const JUMP_MASK: u64 = (JUMPS as u64 - 1) << 2;
+/// Entries hold what added to this and the address makes zero: no address whose index is not 0 matches an entry that
+/// is all zero.
+const BIAS: u64 = 1 << 16;
+/// Rust had to find this many targets: slots may lead to dead blocks.
+const STRAYS: u32 = 64;
+/// Pages of code that are kept track of.
+const MAX_PAGES: usize = 1 << 16;
+
+/// See the module's description.
+#[repr(C)]
+pub struct Far {
+    slots: [u64; SLOTS],
+    /// Exits that poll, as far as slots are in use.
+    polls: [u64; SLOTS],
+    /// Where a slot leads that is not filled.
+    exits: [u64; SLOTS],
+    /// Slots that were filled since they were last empty, `filled_bytes / 4` of them.
+    filled: [u32; SLOTS],
+    filled_bytes: u64,
+    /// Nonzero: slots must not be filled.
+    forbidden: u64,
+    jumps: [JumpEntry; JUMPS],
+    jumps_filled: Vec<u16>,
+    /// Slots whose exits are known here, and the clearing of the code cache since which they are.
+    known: (usize, u64),
+    strays: u32,
+    /// Linear addresses of pages with code, by guest-physical page.
+    pages: HashMap<u64, u64, BuildHasherDefault<IntHasher>>,
+}
+
+fn index(pc: u64) -> usize {
+    (pc & JUMP_MASK) as usize >> 2
+}
+
+fn tag(pc: u64) -> u64 {
+    0u64.wrapping_sub(pc).wrapping_sub(BIAS)
+}
+
+impl Far {
+    /// Initializes memory that was just allocated and zeroed. `lost`: where a jump goes that must not match.
+    ///
+    /// # Safety
+    /// `this` is valid for writes, and nothing else refers to it.
+    #[expect(unsafe_code, reason = "too large to be built on the stack and moved")]
+    pub unsafe fn init(this: *mut Far, lost: u64) {
+        // SAFETY: the caller's promise; all other fields are integers, valid as zero.
+        unsafe {
+            (&raw mut (*this).jumps_filled).write(Vec::new());
+            (&raw mut (*this).pages).write(HashMap::default());
+            (*this).jumps[0] = JumpEntry { pc: 1, host: lost };
+        }
+    }
+
+    /// Empties slots and jump cache.
+    pub fn flush(&mut self) {
+        self.empty_slots();
+        for &i in &self.jumps_filled {
+            self.jumps[usize::from(i)] = JumpEntry { pc: 0, host: 0 };
+        }
+        self.jumps_filled.clear();
+        self.pages.clear();
+        self.forbidden = 0;
+    }
+
+    fn empty_slots(&mut self) {
+        let count = self.filled_bytes as usize / 4;
+        for &n in self.filled.iter().take(count) {
+            let n = n as usize % SLOTS;
+            self.slots[n] = self.exits[n];
+        }
+        self.filled_bytes = 0;
+        self.strays = 0;
+    }
+
+    /// Enters the code for a linear address.
+    pub fn fill(&mut self, pc: u64, host: u64) {
+        let i = index(pc);
+        if i != 0 {
+            if self.jumps[i].host == 0 {
+                self.jumps_filled.push(i as u16);
+            }
+            self.jumps[i] = JumpEntry { pc: tag(pc), host };
+        }
+    }
+
+    /// The code for a linear address, if it is known.
+    pub fn jump(&self, pc: u64) -> Option<u64> {
+        let e = &self.jumps[index(pc)];
+        (e.pc == tag(pc) && index(pc) != 0 && e.host != 0).then_some(e.host)
+    }
+
+    /// A page of code lies at a linear address.
+    pub fn note_page(&mut self, gfn: u64, linear: u64) {
+        if self.pages.len() >= MAX_PAGES {
+            self.pages.clear();
+            self.forbidden = 1;
+        }
+        if *self.pages.entry(gfn).or_insert(linear) != linear {
+            self.forbidden = 1;
+        }
+        if self.forbidden != 0 {
+            self.empty_slots();
+        }
+    }
+
+    /// A target had to be found in Rust.
+    pub fn stray(&mut self) {
+        self.strays += 1;
+        if self.strays >= STRAYS {
+            self.empty_slots();
+        }
+    }
+
+    /// A slot was given to code whose exit is at `exit`; `polls`: the exit that polls.
+    pub fn add(&mut self, slot: usize, exit: u64, polls: u64) {
+        if slot < SLOTS {
+            self.slots[slot] = exit;
+            self.exits[slot] = exit;
+            self.polls[slot] = polls;
+            self.known.0 = slot + 1;
+        }
+    }
+
+    /// The slots of all code, `exits` by number, after the cache was cleared `clears` times.
+    pub fn learn(&mut self, exits: &[u64], clears: u64, polls: u64) {
+        if self.known.1 != clears {
+            self.known = (0, clears);
+        }
+        for (slot, &exit) in exits.iter().enumerate().skip(self.known.0) {
+            self.add(slot, exit, polls);
+        }
+    }
+}
+
+const fn far(field: usize) -> i32 {
+    offset_of!(VcpuMem, caches.far) as i32 + field as i32
+}
+
+/// The operand of a jump through a slot; `back`: by way of I, which holds the attention flag.
+pub fn slot(n: u32, back: bool) -> Mem {
+    let at = far(offset_of!(Far, slots)) + 8 * n as i32;
+    if back {
+        Mem::GsBase(I, at)
+    } else {
+        Mem::Gs(at)
+    }
+}
+
+/// Looks T up in the jump cache and jumps (`4`) or calls (`2`). Keeps flags; clobbers I. Returns the
+/// jump that is taken if it is not there.
+pub fn jump(a: &mut Asm, how: u8) -> usize {
+    let entry = |field: usize| Mem::GsIndex(I, far(offset_of!(Far, jumps) + field));
+    let rcx = Mem::Gs(off::SPILL + 8);
+    a.pext(I, T, off::JUMP_MASK);
+    a.lea(I, Mem::Sib(Some(I), Some((I, 0)), 0));
+    a.store(Size::Q, rcx, reg::RCX);
+    a.load(Size::Q, reg::RCX, entry(0));
+    a.lea(
+        reg::RCX,
+        Mem::Sib(Some(reg::RCX), Some((T, 0)), BIAS as i32),
+    );
+    let hit = a.jrcxz();
+    a.load(Size::Q, reg::RCX, rcx);
+    let miss = a.jmp();
+    a.bind8(hit);
+    a.load(Size::Q, reg::RCX, rcx);
+    a.op_mem(Size::D, &[0xff], how, entry(8));
+    miss
+}
+
+fn save_flags(a: &mut Asm) {
+    a.store(Size::Q, Mem::Gs(off::CROSS_SPILL), reg::RAX);
+    a.bytes(&[0x9f, 0x0f, 0x90, 0xc0]); // lahf; seto al
+    a.store(Size::W, Mem::Gs(off::FLAGS), reg::RAX);
+}
+
+fn restore_flags(a: &mut Asm) {
+    a.load(Size::W, reg::RAX, Mem::Gs(off::FLAGS));
+    flags::load(a);
+    a.load(Size::Q, reg::RAX, Mem::Gs(off::CROSS_SPILL));
+}
+
+/// RAX = offset of T in the second-level jump cache.
+fn level2(a: &mut Asm) {
+    a.op_reg(Size::Q, &[0x69], reg::RAX, T); // imul
+    a.d32(JUMP2_HASH as u32);
+    a.shr(reg::RAX, JUMP2_SHIFT - 4);
+    a.alu_imm(Size::D, 4, reg::RAX, ((JUMP2_ENTRIES - 1) << 4) as i32);
+}
+
+/// How many outer calls a return may skip to be found.
+const SEARCH: i32 = 20;
+
+/// Emits the stubs; those of `s` that they lead to are there.
+pub fn emit(a: &mut Asm, s: &mut Stubs) {
+    let second = jumps2_base(TLB_USER);
+    s.far.enter = a.pc();
+    flags::restore_keeping_scratch(a);
+    a.jmp_mem(Mem::Gs(off::RET_ADDR));
+
+    s.far.leave = a.pc();
+    save_flags(a);
+    a.load(Size::Q, reg::RAX, Mem::Gs(off::CROSS_SPILL));
+    a.jmp_to(s.jump);
+
+    s.far.land = a.pc();
+    save_flags(a);
+    a.load(Size::Q, reg::RAX, Mem::Gs(off::CROSS_SPILL));
+    a.jmp_to(s.land);
+
+    // An indirect jump, its branch word in I.
+    s.far.lost = a.pc();
+    save_flags(a);
+    a.store(Size::D, Mem::Gs(off::BRANCH), I);
+    let mut fails = Vec::new();
+    a.cmp_mem_imm8(Size::D, Mem::Gs(off::ATTENTION), 0);
+    fails.push(a.jcc(cc::NE));
+    level2(a);
+    a.op_mem(Size::Q, &[0x3b], T, Mem::GsBase(reg::RAX, second)); // cmp
+    fails.push(a.jcc(cc::NE));
+    a.load(Size::Q, reg::RAX, Mem::GsBase(reg::RAX, second + 8));
+    a.store(Size::Q, Mem::Gs(off::CONT), reg::RAX);
+    a.mov(I, T);
+    a.alu_imm(Size::D, 4, I, JUMP_MASK as i32);
+    let first = a.jcc(cc::E);
+    let jumps = far(offset_of!(Far, jumps));
+    a.op_reg(Size::D, &[0xc1], 4, I); // shl
+    a.bytes(&[2]);
+    a.store(Size::Q, Mem::GsBase(I, jumps + 8), reg::RAX);
+    a.mov(reg::RAX, T);
+    a.op_reg(Size::Q, &[0xf7], 3, reg::RAX); // neg
+    a.alu_imm(Size::Q, 5, reg::RAX, BIAS as i32);
+    a.store(Size::Q, Mem::GsBase(I, jumps), reg::RAX);
+    a.bind(first);
+    a.store_imm(Size::D, Mem::Gs(off::BRANCH), 0);
+    restore_flags(a);
+    a.jmp_mem(Mem::Gs(off::CONT));
+    for f in fails {
+        a.bind(f);
+    }
+    a.load(Size::Q, reg::RAX, Mem::Gs(off::CROSS_SPILL));
+    a.jmp_to(s.jump_from);
+
+    // A slot that is not filled, its offset in I.
+    s.far.unfilled = a.pc();
+    save_flags(a);
+    a.store(Size::Q, Mem::Gs(off::CROSS_SPILL + 8), reg::RCX);
+    let mut fails = Vec::new();
+    a.cmp_mem_imm8(Size::D, Mem::Gs(off::ATTENTION), 0);
+    fails.push(a.jcc(cc::NE));
+    level2(a);
+    a.op_mem(Size::Q, &[0x3b], T, Mem::GsBase(reg::RAX, second)); // cmp
+    fails.push(a.jcc(cc::NE));
+    a.load(Size::Q, reg::RCX, Mem::GsBase(reg::RAX, second + 8));
+    let word = |field: usize| Mem::Gs(far(field));
+    a.cmp_mem_imm8(Size::Q, word(offset_of!(Far, forbidden)), 0);
+    let forbidden = a.jcc(cc::NE);
+    a.load(Size::Q, reg::RAX, word(offset_of!(Far, filled_bytes)));
+    a.alu_imm(Size::Q, 7, reg::RAX, 4 * SLOTS as i32);
+    let full = a.jcc(cc::AE);
+    a.store(
+        Size::Q,
+        Mem::GsBase(I, far(offset_of!(Far, slots))),
+        reg::RCX,
+    );
+    a.shr(I, 3);
+    a.store(
+        Size::D,
+        Mem::GsBase(reg::RAX, far(offset_of!(Far, filled))),
+        I,
+    );
+    a.alu_imm(Size::Q, 0, reg::RAX, 4);
+    a.store(Size::Q, word(offset_of!(Far, filled_bytes)), reg::RAX);
+    a.bind(full);
+    a.bind(forbidden);
+    a.store(Size::Q, Mem::Gs(off::CONT), reg::RCX);
+    restore_flags(a);
+    a.load(Size::Q, reg::RCX, Mem::Gs(off::CROSS_SPILL + 8));
+    a.jmp_mem(Mem::Gs(off::CONT));
+    for f in fails {
+        a.bind(f);
+    }
+    a.load(Size::Q, reg::RAX, Mem::Gs(off::CROSS_SPILL));
+    a.load(Size::Q, reg::RCX, Mem::Gs(off::CROSS_SPILL + 8));
+    a.jmp_to(s.jump);
+
+    // A return that has landed elsewhere than it goes to: T, its branch word in I.
+    s.far.astray = a.pc();
+    save_flags(a);
+    a.op_reg(Size::Q, &[0xf7], 2, T); // not
+    let mut found = Vec::new();
+    for i in 0..SEARCH {
+        a.op_mem(Size::Q, &[0x3b], T, at(reg::RSP, 16 * i + 8)); // cmp
+        a.bytes(&[0x75, 13]); // jne over
+        a.bytes(&[0x48, 0x8d, 0xa4, 0x24]); // lea rsp, [rsp + 16 i]
+        a.d32(16 * i as u32);
+        found.push(a.jmp());
+    }
+    a.op_reg(Size::Q, &[0xf7], 2, T);
+    restore_flags(a);
+    a.jmp_to(s.far.lost);
+    for f in found {
+        a.bind(f);
+    }
+    a.op_reg(Size::Q, &[0xf7], 2, T);
+    restore_flags(a);
+    a.bytes(&[0xc3]);
+
+    s.far.empty = a.pc();
+    a.load(Size::Q, reg::RSP, Mem::Gs(off::SHADOW_BASE));
+    a.jmp_to(s.far.lost);
+}

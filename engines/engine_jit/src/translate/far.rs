@@ -1,0 +1,170 @@
+//! Jumps, calls and returns of code with windows: see [`crate::far`]. EFLAGS holds what is live wherever such code
+//! goes, so they touch none.
+
+use super::*;
+use crate::far;
+use crate::shadow;
+
+impl Tx<'_> {
+    /// The indirect entry of a block at a page offset: T is the linear address.
+    pub(super) fn enter_far(&mut self, offset: u16) {
+        // One instruction of five bytes or more, which can be overwritten in one store.
+        self.a.bytes(&[0x4d, 0x8d, 0xb6]); // lea r14, [r14 - offset]
+        self.a.d32(i32::from(offset).wrapping_neg() as u32);
+        self.a.store(Size::Q, Mem::Gs(off::PC_BASE), T);
+    }
+
+    /// Brings live flags to EFLAGS, whatever T and I hold.
+    pub(super) fn settle_flags(&mut self, live: u32) {
+        self.restore_flags(live, true);
+    }
+
+    /// Goes to the linear address in T, `target` of this page, through a slot: jumps (`4`) or calls (`2`).
+    fn through_slot(&mut self, how: u8, backwards: bool) -> Option<()> {
+        let slot = self.ask.far + self.fars_used;
+        if slot as usize >= far::SLOTS {
+            return None;
+        }
+        self.fars_used += 1;
+        if backwards {
+            self.a.load(Size::D, I, Mem::Gs(off::ATTENTION));
+        }
+        self.a
+            .op_mem(Size::D, &[0xff], how, far::slot(slot, backwards));
+        self.cold.push(Cold::Far { slot });
+        Some(())
+    }
+
+    /// Looks T up in the jump cache and jumps (`4`) or calls (`2`); where a call's return lands.
+    fn look_up(&mut self, how: u8, branch: u32) -> usize {
+        let jump = far::jump(&mut self.a, how);
+        let lands = self.a.here();
+        self.cold.push(Cold::LostFar {
+            jump,
+            branch,
+            lands: (how == 2).then_some(lands),
+        });
+        lands
+    }
+
+    /// Jumps out of the page.
+    pub(super) fn jump_far(&mut self, target: i64, live: u32, backwards: bool) {
+        self.settle_flags(live);
+        self.scratch.forget();
+        self.load_linear(T, target);
+        if self.through_slot(4, backwards).is_none() {
+            self.look_up(4, 0);
+        }
+    }
+
+    pub(super) fn jump_indirect_far(&mut self, op: &Op) {
+        let mut misses = Vec::new();
+        if self.window(op).is_none() && op.insn.op0_kind() == OpKind::Memory {
+            self.save_flags(op.live_before);
+        }
+        self.load_target(op, &mut misses);
+        self.settle_flags(op.live_before);
+        self.scratch.forget();
+        self.look_up(4, branch_word(op.off, 0));
+        self.resume_miss(misses, op);
+    }
+
+    /// Pushes the return address of a call, and its complement on the stack of return addresses.
+    /// `poll`: page offset of the target, if it lies before the call in this page.
+    fn push_return_far(&mut self, op: &Op, poll: Option<u16>, misses: &mut Vec<PendingMiss>) {
+        let next = i64::from(op.off) + op.insn.len() as i64;
+        if self.window(op).is_some() {
+            let to = self.resolved(window::Base::Gpr(4), -8, window::STACK);
+            self.load_linear(I, next);
+            self.a.store(Size::Q, to, I);
+        } else {
+            self.save_flags(op.live_before);
+            let retry = self.a.here();
+            self.stack_address(-8, 8);
+            misses.push(self.probe(8, true, retry, op));
+            self.a.lea(T, Mem::Sib(Some(I), Some((T, 0)), 0));
+            self.load_linear(I, next);
+            self.a.store(Size::Q, at(T, 0), I);
+        }
+        self.settle_flags(op.live_before);
+        self.scratch.forget();
+        self.move_stack(-8);
+        if let Some(target) = poll {
+            self.poll(target, ARITH);
+        }
+        // Faults if there is no room.
+        self.a.load(Size::D, T, at(reg::RSP, -shadow::PROBE));
+        self.a.op_reg(Size::Q, &[0xf7], 2, I); // not
+        self.a.bytes(&[0x41, 0x50 | I & 7]); // push
+    }
+
+    pub(super) fn call_far(&mut self, op: &Op, target: i64) {
+        let mut misses = Vec::new();
+        let backwards = target <= i64::from(op.off);
+        let near = self.linkable(target);
+        let poll = (near && backwards).then_some(target as u16);
+        self.push_return_far(op, poll, &mut misses);
+        if near {
+            self.a.align_link(1);
+            self.a.bytes(&[0xe8, 0, 0, 0, 0]);
+            let site = self.a.here() - 4;
+            self.cold.push(Cold::Link {
+                site,
+                target: target as u16,
+                save: true,
+                fpu: self.block.fpu,
+                apart: 0,
+            });
+        } else {
+            self.load_linear(T, target);
+            if self.through_slot(2, backwards).is_none() {
+                self.look_up(2, 0);
+            }
+        }
+        self.landing_far(op);
+        self.resume_miss(misses, op);
+    }
+
+    pub(super) fn call_indirect_far(&mut self, op: &Op) {
+        let mut misses = Vec::new();
+        if self.window(op).is_none() && op.insn.op0_kind() == OpKind::Memory {
+            self.save_flags(op.live_before);
+        }
+        self.load_target(op, &mut misses);
+        self.a.store(Size::Q, Mem::Gs(off::SPILL + 16), T);
+        self.scratch.forget();
+        self.push_return_far(op, None, &mut misses);
+        self.a.load(Size::Q, T, Mem::Gs(off::SPILL + 16));
+        self.look_up(2, branch_word(op.off, -8));
+        self.landing_far(op);
+        self.resume_miss(misses, op);
+    }
+
+    /// Behind a host call: where the guest's return from this call lands, with its target in T and its
+    /// branch word in I.
+    fn landing_far(&mut self, op: &Op) {
+        let next = usize::from(op.off) + op.insn.len();
+        if next > 4096 - MAX_LEN {
+            self.a.lea(reg::RSP, at(reg::RSP, 8));
+            self.a.jmp_to(self.stubs.far.lost);
+            return;
+        }
+        let rcx = Mem::Gs(off::SPILL + 8);
+        self.a.store(Size::Q, rcx, reg::RCX);
+        self.a.load(Size::Q, reg::RCX, at(reg::RSP, 0));
+        self.a.lea(reg::RSP, at(reg::RSP, 8));
+        self.a
+            .lea(reg::RCX, Mem::Sib(Some(reg::RCX), Some((T, 0)), 1));
+        let same = self.a.jrcxz();
+        self.a.load(Size::Q, reg::RCX, rcx);
+        self.a.jmp_to(self.stubs.far.astray);
+        self.a.bind8(same);
+        self.a.load(Size::Q, reg::RCX, rcx);
+        self.a.align_link(1);
+        let site = self.a.jmp();
+        self.cold.push(Cold::Land {
+            site,
+            target: next as u16,
+        });
+    }
+}
