@@ -2,7 +2,7 @@
 
 use crate::layout::{TLB_KERNEL, TLB_KERNEL_AC, TLB_USER};
 use iced_x86::{CpuidFeature, EncodingKind, Instruction, Mnemonic};
-use x86defs::{cr0, cr4, rflags};
+use x86defs::{cr0, cr4, efer, rflags};
 use x86emu::state::{CodeSize, CpuState, Segment, sreg};
 
 /// Which vector state may be used without a check.
@@ -322,7 +322,12 @@ impl Context {
     /// Accesses may go through windows, if the address space has any.
     pub fn windowable(self, cpu: &CpuState) -> bool {
         let other = cr4::LA57 | cr4::PKE;
-        self.user() && self.code_size() == CodeSize::Bits64 && !cpu.smm && cpu.cr4 & other == 0
+        // Without NXE, bit 63 of an entry is reserved; see `window`, which looks at other bits only.
+        self.user()
+            && self.code_size() == CodeSize::Bits64
+            && !cpu.smm
+            && cpu.cr4 & other == 0
+            && cpu.efer & efer::NX != 0
     }
     /// The context with windows; `low`: of both kinds.
     pub fn with_windows(self, low: bool) -> Context {

@@ -5,6 +5,7 @@
     reason = "fstat and fcntl on descriptors that are looked through"
 )]
 
+use std::io::{BufRead, BufReader};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use x86emu::env::RamRange;
 
@@ -58,6 +59,9 @@ impl Files {
 fn find(ram: &RamRange) -> Option<File> {
     let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
     let (size, offset, device, inode) = maps.lines().find_map(|line| mapping(line, ram.host))?;
+    if watched(ram.host) {
+        return None;
+    }
     for entry in std::fs::read_dir("/proc/self/fd").ok()?.flatten() {
         let Some(n) = entry
             .file_name()
@@ -88,6 +92,28 @@ fn find(ram: &RamRange) -> Option<File> {
         }
     }
     None
+}
+
+/// Faults of this mapping go to user space (userfaultfd), which must see those of the guest.
+fn watched(host: u64) -> bool {
+    let Ok(file) = std::fs::File::open("/proc/self/smaps") else {
+        return false;
+    };
+    let mut inside = false;
+    for line in BufReader::new(file).lines().map_while(Result::ok) {
+        if line.starts_with(|c: char| c.is_ascii_digit() || c.is_ascii_lowercase()) {
+            inside = mapping(&line, host).is_some();
+        } else if inside && let Some(flags) = line.strip_prefix("VmFlags:") {
+            return watched_flags(flags);
+        }
+    }
+    false
+}
+
+/// Missing pages, write protection, minor faults.
+fn watched_flags(flags: &str) -> bool {
+    let mut flags = flags.split_ascii_whitespace();
+    flags.any(|f| matches!(f, "um" | "uw" | "ui"))
 }
 
 /// Size, file offset, device and inode of the shared, writable mapping that this line is about, from `host` on.
@@ -124,5 +150,7 @@ mod tests {
         );
         assert_eq!(mapping(&line.replace("4242", "0"), 0x7f00_0000_1000), None);
         assert_eq!(mapping("", 0), None);
+        assert!(watched_flags(" rd wr sh mr mw me ms um sd"));
+        assert!(!watched_flags(" rd wr sh mr mw me ms sd"));
     }
 }

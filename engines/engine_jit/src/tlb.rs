@@ -250,7 +250,7 @@ impl Caches {
     /// Guest-physical addresses mean other memory, or the state was replaced: drops everything.
     pub fn flush_memory(&mut self) {
         self.flush(Flush::All);
-        self.windows.drop_all();
+        self.windows.forget_memory();
     }
 
     /// Drops what a MOV CR3 drops.

@@ -156,6 +156,11 @@ impl EngineVcpu for JitVcpu {
 
 impl Drop for JitVcpu {
     fn drop(&mut self) {
+        // Whoever can kick the vCPU keeps its memory alive, but another may have the windows now.
+        self.world.enter(&self.mem);
+        // SAFETY: as in `entered`.
+        unsafe { (*self.mem.mem()).caches.windows.release() };
+        self.world.leave(&self.mem);
         if let Some(path) = std::env::var_os("ANYKVM_JIT_DUMP")
             && let Err(e) = std::fs::write(path, self.world.cache_outside().arena.bytes())
         {

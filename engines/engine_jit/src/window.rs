@@ -346,7 +346,7 @@ impl Windows {
     /// Gives the windows back.
     pub fn release(&mut self) {
         if self.owner != 0 {
-            self.drop_all();
+            self.forget_memory();
             self.owner = 0;
             LEASED.store(false, Ordering::Release);
         }
@@ -416,8 +416,14 @@ impl Windows {
         }
     }
 
-    /// Unmaps everything: guest-physical addresses may mean other memory.
-    pub fn drop_all(&mut self) {
+    /// Guest-physical addresses may mean other memory.
+    pub fn forget_memory(&mut self) {
+        self.drop_all();
+        self.files = Files::default();
+    }
+
+    /// Unmaps everything.
+    fn drop_all(&mut self) {
         for (at, pages) in std::mem::take(&mut self.tables)
             .iter()
             .map(|t| (t.host(0), 512))
@@ -425,28 +431,47 @@ impl Windows {
             self.unmap(at, pages);
         }
         self.runs = 0;
-        self.files = Files::default();
         self.stale = true;
     }
 
     /// Takes the right to write guest-physical memory back.
     pub fn unwrite(&mut self, gpa: u64, len: u64) {
+        let mut done = true;
         for t in &mut self.tables {
             if t.written == [0; 8] {
                 continue;
             }
-            for i in 0..512 {
-                if bit(&t.written, i) && (t.seen[i] & ADDR).wrapping_sub(gpa) < len {
+            let mut i = 0;
+            while i < 512 {
+                let first = i;
+                while i < 512 && bit(&t.written, i) && (t.seen[i] & ADDR).wrapping_sub(gpa) < len {
                     put(&mut t.written, i, false);
-                    // SAFETY: a page of a window, which only emitted code accesses.
-                    unsafe { libc::mprotect(t.host(i) as *mut _, 4096, libc::PROT_READ) };
+                    i += 1;
                 }
+                if i == first {
+                    i += 1;
+                    continue;
+                }
+                self.runs += 1;
+                let len = (i - first) * 4096;
+                // SAFETY: pages of a window, which only emitted code accesses.
+                done &=
+                    unsafe { libc::mprotect(t.host(first) as *mut _, len, libc::PROT_READ) } == 0;
             }
+        }
+        if !done {
+            // There are too many mappings to split one.
+            self.tables.clear();
+            empty();
         }
     }
 
     fn unmap(&mut self, at: u64, pages: usize) {
         self.mappings += 1;
+        if pages < 512 {
+            // What is left on both sides is two mappings now.
+            self.runs += 1;
+        }
         let flags = NOTHING | libc::MAP_FIXED;
         // SAFETY: part of a window: only emitted code accesses it, and expects faults.
         let done = unsafe { libc::mmap(at as *mut _, pages * 4096, libc::PROT_NONE, flags, -1, 0) };
@@ -459,8 +484,10 @@ impl Windows {
 
     /// Maps what an access faulted on, and what lies around it.
     pub fn map(&mut self, memory: &mut dyn Memory, gva: u64, write: bool) -> Result<(), Refusal> {
-        if host_of(gva).is_none() {
-            return Err(Refusal::Outside);
+        let host = host_of(gva).ok_or(Refusal::Outside)?;
+        if host & !(REGION - 1) < lowest() {
+            // A privileged process may map these pages, but null pointers of its own must not lead to the guest.
+            return Err(Refusal::Memory);
         }
         if self.runs > MAX_RUNS || self.tables.len() >= MAX_TABLES {
             self.drop_all();
@@ -470,6 +497,10 @@ impl Windows {
         let n = self.table(memory, gva).ok_or(Refusal::Memory)?;
         let i = (gva >> 12) as usize & 511;
         let t = &mut self.tables[n];
+        if bit(&t.mapped, i) && (!write || bit(&t.written, i)) {
+            // The host has nothing there (a truncated file, broken memory): mapping it again would not help.
+            return Err(Refusal::Memory);
+        }
         let entry = t.entry(i);
         let (readable, writable) = t.rights(entry);
         if entry & ADDR != gpa || !readable || write && !writable {
@@ -488,7 +519,9 @@ impl Windows {
         for range in [end..512, 0..i] {
             let mut next = range.start;
             while next < range.end && left > 0 {
-                let t = &self.tables[n];
+                let Some(t) = self.tables.get(n) else {
+                    return Ok(());
+                };
                 let (readable, writable) = t.rights(t.entry(next));
                 let done = bit(&t.mapped, next) && (!writable || bit(&t.written, next));
                 if !readable || done {
@@ -508,23 +541,28 @@ impl Windows {
         let entry = t.entry(first);
         let gpa = entry & ADDR;
         let ram = memory.ram(gpa)?;
-        let may = |t: &Table, i: usize, gpa: u64, entry: u64| {
-            t.rights(entry).1 && ram.quiet && memory.let_write(gpa) || bit(&t.written, i)
+        let may = |t: &Table, i: usize, entry: u64| {
+            let same = t.seen[i] & ADDR == entry & ADDR;
+            let noted = same && bit(&t.written, i);
+            t.rights(entry).1 && (noted || ram.quiet && memory.let_write(entry & ADDR))
         };
-        let writable = may(t, first, gpa, entry);
+        let writable = may(t, first, entry);
         let file = self.files.of(&ram)?;
+        // Other vCPUs may change entries at any time: what is mapped is what was read once.
+        let mut read = [0; 512];
         let mut end = first;
         while end < 512 {
-            let entry = t.entry(end);
+            let now = if end == first { entry } else { t.entry(end) };
             let at = gpa + (end - first) as u64 * 4096;
             let fits = at.wrapping_sub(ram.gpa) < ram.size && at.wrapping_sub(file.gpa) < file.size;
-            if entry & ADDR != at
-                || !t.rights(entry).0
+            if now & ADDR != at
+                || !t.rights(now).0
                 || !fits
-                || may(t, end, at, entry) != writable
+                || end != first && may(t, end, now) != writable
             {
                 break;
             }
+            read[end] = now;
             end += 1;
         }
         let protection = libc::PROT_READ | if writable { libc::PROT_WRITE } else { 0 };
@@ -545,13 +583,17 @@ impl Windows {
                 offset,
             )
         };
-        if at == libc::MAP_FAILED {
-            return None;
-        }
+        let done = at != libc::MAP_FAILED;
+        t.seen[first..end].copy_from_slice(&read[first..end]);
         for i in first..end {
-            t.seen[i] = t.entry(i);
-            put(&mut t.mapped, i, true);
-            put(&mut t.written, i, writable);
+            put(&mut t.mapped, i, done);
+            put(&mut t.written, i, done && writable);
+        }
+        if !done {
+            // The host may have unmapped what was there.
+            let at = t.host(first);
+            self.unmap(at, end - first);
+            return None;
         }
         self.runs += 1;
         self.mappings += 1;

@@ -156,11 +156,14 @@ impl Runner<'_> {
         if self.vm.fault.vector == 14 && self.vm.caches.shadow.overflown(address) {
             return self.mended(pc);
         }
+        let clears = self.world.clears.load(Ordering::Acquire);
         let ctx = Context(self.vm.ctx);
         let mut refusal = None;
         if ctx.windows() {
             let start = cycles();
             match self.mend() {
+                // Noting that page tables were written may have waited while the code went away.
+                Ok(()) if self.world.clears.load(Ordering::Acquire) != clears => {}
                 Ok(()) => {
                     self.charge(start);
                     return self.mended(pc);
@@ -168,17 +171,17 @@ impl Runner<'_> {
                 Err(why) => refusal = Some(why),
             }
         }
-        let clears = self.world.clears.load(Ordering::Acquire);
         let found = loop {
-            if let Some(cache) = self.world.cache(self.me) {
+            let cache = self.world.cache(self.me);
+            if self.world.clears.load(Ordering::Acquire) != clears {
+                // What the code was is not known any more.
+                break None;
+            }
+            if let Some(cache) = cache {
                 break cache.index_at(pc).and_then(|n| {
                     let page = cache.get(n)?.phys & !0xfff;
                     Some((n, page, cache.instruction_at(pc)?))
                 });
-            }
-            if self.world.clears.load(Ordering::Acquire) != clears {
-                // What the code was is not known any more.
-                break None;
             }
         };
         let Some((block, page, word)) = found else {

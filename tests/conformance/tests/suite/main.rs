@@ -10,3 +10,4 @@ mod memslots;
 mod modes;
 mod paging;
 mod smp;
+mod windows;
