@@ -1372,3 +1372,190 @@ fn slots_change_under_user_code() {
         assert_eq!(dirty, [vec![0, 1], vec![], vec![0, 1]]);
     });
 }
+
+#[test]
+fn code_pages_replaced() {
+    // Code jumps to another page, which is replaced; flags are live all the way.
+    each(|engine| {
+        for how in [Flush::Invlpg, Flush::Cr3] {
+            for va in [LOW, HIGH] {
+                let m = Machine::new(engine);
+                let t = address_space(&m);
+                t.map(va, frame(0), USER);
+                let pte = t.map(va + 4096, frame(1), USER);
+                m.load_at(frame(0), va, 64, |a| {
+                    asm!(a; stc(); jc(va + 4096); ud2(););
+                });
+                for n in 1..4u64 {
+                    m.load_at(frame(n), va + 4096, 64, |a| {
+                        asm!(a; adc(eax, n as i32); stc(); jmp(va + 0x800););
+                    });
+                }
+                m.load_at(frame(0) + 0x800, va + 0x800, 64, |a| {
+                    asm!(a; adc(eax, 0); ret(););
+                });
+                let rounds = 12u64;
+                m.load(ENTRY, 64, |a| {
+                    for i in 0..rounds {
+                        asm!(a; mov(rax, frame(1 + i % 3) | USER); mov(qword_ptr(pte), rax););
+                        flush(a, how, va + 4096);
+                        call_user(a, SECOND, USER_STACK, FLAGS);
+                    }
+                    end(a);
+                });
+                m.load(SECOND, 64, |a| {
+                    asm!(a; mov(rbx, va); xor(eax, eax); mov(ecx, 10););
+                    let top = here(a);
+                    asm!(a; call(rbx); dec(ecx); jnz(top););
+                    report(a);
+                    asm!(a; int(0x80););
+                });
+                let want: Vec<u32> = (0..rounds).map(|i| 10 * (1 + i as u32 % 3 + 2)).collect();
+                assert_eq!(run(&m, |_| ()), want, "{how:?} at {va:#x}");
+            }
+        }
+    });
+}
+
+#[test]
+fn code_at_several_addresses() {
+    // One page of code, with another neighbour at each of its addresses.
+    each(|engine| {
+        let m = Machine::new(engine);
+        let t = address_space(&m);
+        let places = [LOW, PIE, HIGH];
+        for (i, va) in places.into_iter().enumerate() {
+            t.map(va, frame(0), USER);
+            t.map(va + 4096, frame(1 + i as u64), USER);
+            m.load_at(frame(1 + i as u64), va + 4096, 64, |a| {
+                asm!(a; lea(eax, ptr(rax + 10 * (i as i32 + 1))); ret(););
+            });
+        }
+        m.load_at(frame(0), HIGH, 64, |a| {
+            let mut start = a.create_label();
+            asm!(a;
+                set_label(&mut start);
+                lea(rdx, qword_ptr(start));
+                sub(rdx, rbx); // 0
+                add(rsi, rdx);
+                cmp(rdx, 1); // Carry
+                call(HIGH + 4096);
+                adc(eax, 0);
+                jmp(HIGH + 4096);
+            );
+        });
+        user(&m, |a| {
+            asm!(a; xor(eax, eax); xor(esi, esi); mov(ecx, 50););
+            let top = here(a);
+            for va in [LOW, HIGH, HIGH, PIE, LOW] {
+                asm!(a; mov(rbx, va); call(rbx););
+            }
+            asm!(a; dec(ecx); jnz(top););
+            report(a);
+            asm!(a; mov(eax, esi););
+            report(a);
+        });
+        let sum: u32 = [10, 30, 30, 20, 10].iter().map(|n| 2 * n + 1).sum();
+        assert_eq!(run(&m, |_| ()), [50 * sum, 0]);
+    });
+}
+
+#[test]
+fn shootdown_of_user_pages() {
+    // vCPU 0 replaces a page and interrupts vCPU 1, which is in user code; its kernel flushes and answers. From then
+    // on it must see the new page, also where it was about to use the old one.
+    each(|engine| {
+        for va in [LOW, HIGH] {
+            let m = Machine::with_irqchip(engine);
+            let t = address_space(&m);
+            let apic = 0xfee0_0000u64;
+            t.map(apic, apic, P | W);
+            for n in 0..2 {
+                m.memory.set_u64(frame(n), n + 1);
+            }
+            let pte = t.map(va, frame(0), ALL);
+            let (answer, expect, ready) = (RESULTS, RESULTS + 64, RESULTS + 128);
+            let rounds = engine.rounds(100);
+            m.load(HANDLER, 64, |a| {
+                asm!(a;
+                    push(rax);
+                    push(rbx);
+                    mov(rbx, va);
+                    invlpg(ptr(rbx));
+                    mov(eax, apic as u32);
+                    mov(dword_ptr(rax + 0xb0), 0);
+                    lock.inc(dword_ptr(answer));
+                    pop(rbx);
+                    pop(rax);
+                    iretq();
+                );
+            });
+            m.set_gate(0xf0, HANDLER, 0, 0);
+            m.load(ENTRY, 64, |a| {
+                asm!(a; mov(ebx, apic as u32); mov(dword_ptr(rbx + 0xf0), 0x1ff); xor(esi, esi););
+                let wait = here(a);
+                asm!(a; pause(); cmp(dword_ptr(ready), 1); jne(wait););
+                let top = here(a);
+                asm!(a;
+                    mov(eax, esi);
+                    not(eax);
+                    and(eax, 1);
+                    shl(eax, 12);
+                    lea(eax, ptr(rax + (frame(0) | ALL) as i32));
+                    mov(qword_ptr(pte), rax);
+                    mov(dword_ptr(rbx + 0x310), 0x0100_0000);
+                    mov(dword_ptr(rbx + 0x300), 0x40f0);
+                    inc(esi);
+                );
+                let wait = here(a);
+                asm!(a;
+                    pause();
+                    cmp(dword_ptr(answer), esi);
+                    jne(wait);
+                    mov(eax, esi);
+                    and(eax, 1);
+                    inc(eax);
+                    mov(dword_ptr(expect), eax);
+                    // Sometimes the next change comes while the page is looked up.
+                    imul_3(ecx, esi, 37);
+                    and(ecx, 1023);
+                    inc(ecx);
+                );
+                let spin = here(a);
+                asm!(a; dec(ecx); jnz(spin); mov(dword_ptr(expect), 0); cmp(esi, rounds); jne(top); mov(dword_ptr(ready), 2););
+                end(a);
+            });
+            m.load(SECOND, 64, |a| {
+                asm!(a; mov(r8, va); xor(ebp, ebp); mov(dword_ptr(ready), 1););
+                let top = here(a);
+                let mut good = a.create_label();
+                asm!(a;
+                    mov(ecx, dword_ptr(expect));
+                    mov(eax, dword_ptr(r8));
+                    mov(dword_ptr(r8 + 8), eax);
+                    // Wrong only if the expectation stood before and after.
+                    cmp(eax, ecx);
+                    je(good);
+                    test(ecx, ecx);
+                    jz(good);
+                    cmp(dword_ptr(expect), ecx);
+                    jne(good);
+                    inc(ebp);
+                    set_label(&mut good);
+                    cmp(dword_ptr(ready), 2);
+                    jne(top);
+                    mov(eax, ebp);
+                );
+                report(a);
+                end(a);
+            });
+            let kernel = HANDLER + 0x1000;
+            m.load(kernel, 64, |a| {
+                asm!(a; mov(ebx, apic as u32); mov(dword_ptr(rbx + 0xf0), 0x1ff););
+                call_user(a, SECOND, USER_STACK, FLAGS | 0x200);
+            });
+            let got = m.finish_all(vec![m.long(0, ENTRY), m.long(1, kernel)]);
+            assert_eq!(got[1], [0], "{va:#x}");
+        }
+    });
+}
