@@ -328,6 +328,19 @@ impl Asm {
         self.here() - 4
     }
 
+    /// `shrx dst, src, count` (BMI2; no flags).
+    pub fn shrx(&mut self, dst: Reg, src: Reg, count: Reg) {
+        let r = u8::from(dst < 8) << 7;
+        let b = u8::from(src < 8) << 5;
+        self.bytes(&[
+            0xc4,
+            r | 0x40 | b | 2,
+            0x80 | (!count & 15) << 3 | 3,
+            0xf7,
+            0xc0 | (dst & 7) << 3 | src & 7,
+        ]);
+    }
+
     /// `jcc rel8`, to be bound later with [`Asm::bind8`].
     pub fn jcc8(&mut self, cc: u8) -> usize {
         self.bytes(&[0x70 | cc, 0]);

@@ -42,7 +42,8 @@ pub struct Translation {
     /// Page number and lines of the second page, for an instruction that crosses the page end. Such a
     /// block is reached only through the jump cache.
     pub second: Option<(u64, u64)>,
-    /// Host offset from `indirect` of each instruction, and its page offset with [`crate::translate::HOST_FLAGS`].
+    /// Host offset from `indirect` of each instruction, and its page offset with [`crate::translate::HOST_FLAGS`] and
+    /// its sibling.
     pub map: Vec<(u32, u16)>,
     /// Immediates that can be changed in place.
     pub imms: Vec<Imm>,
@@ -171,9 +172,9 @@ fn unfold(n: u32) -> i32 {
     (n >> 1) as i32 ^ -((n & 1) as i32)
 }
 
-/// A word of [`Translation::map`] with its flag at the other end: words that follow each other differ little.
+/// A word of [`Translation::map`] with its flags at the other end: words that follow each other differ little.
 fn small(word: u16) -> i32 {
-    i32::from(word & OFFSET) << 1 | i32::from(word >> 15)
+    i32::from(word & OFFSET) << 2 | i32::from(word >> 14)
 }
 
 impl Notes {
@@ -293,7 +294,7 @@ impl Notes {
             if host > at {
                 break;
             }
-            found = Some((guest >> 1) as u16 & OFFSET | (guest as u16 & 1) << 15);
+            found = Some((guest >> 2) as u16 & OFFSET | (guest as u16 & 3) << 14);
         }
         found
     }

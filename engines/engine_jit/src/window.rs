@@ -1,15 +1,16 @@
 //! Windows: parts of the guest's user address space that the host's MMU maps, so that an access needs no
 //! lookup.
 //!
-//! Emitted code makes a host address of a guest's linear address L with one instruction and an addition:
-//! `pdep(L, MASKS[k]) + PLACES[k]`. PDEP spreads the bits of L so that some bits of the sum are always
-//! zero; the host's own memory lies where they are not. So whatever L is, the sum lies in a window, in memory that is
-//! reserved and not accessible, or is no user address of the host: then the host faults, and the guest's
-//! page tables say what comes of it.
+//! A guest's linear address and the place of its window make a host address by addition. Before an address is used so,
+//! it is *checked*: its upper bits (SHRX) index a page that can be read if they are right, among reserved
+//! address space that faults if they are not ([`CHECKS`]). Or PDEP *spreads* it ([`MASKS`]), so that a wrong one
+//! makes a sum that is no user address of the host. Neither touches EFLAGS. So whatever a guest comes up with, the host
+//! address lies in a window, in memory around it that is reserved and not accessible, or the host faults; then
+//! the guest's page tables say what comes of it. How an address was checked holds for what lies up to [`REACH`] from it.
 //!
 //! There are two kinds. [`HIGH`] is for 0x4000_0000_0000 and above: libraries, stacks, what is mapped, and
-//! position-independent programs. It clears bit 44, which is set in all that Linux maps without being told where.
-//! [`LOW`] is for the first TiB: other programs and their heaps.
+//! position-independent programs. Its window is the lower half of the host's user address space; the upper half has all that
+//! Linux maps without being told where. [`LOW`] is for the first 16 TiB: other programs and their heaps.
 //!
 //! One guest address space at a time has windows in a process. What is mapped is what a processor's TLB may hold:
 //! entries of the guest's page tables that were accessed (dirty, if they can be written). A flush compares the
@@ -19,6 +20,7 @@
     reason = "maps guest RAM where emitted code looks for it, and reads page tables"
 )]
 
+use crate::layout::VcpuMem;
 use crate::ram_files::Files;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -27,21 +29,35 @@ use x86emu::paging::entry::{A, ADDR, D, P, RW, US};
 
 /// The window for linear addresses from 0x4000_0000_0000 on.
 pub const HIGH: usize = 0;
-/// The window for linear addresses below 1 TiB.
+/// The window for linear addresses below 16 TiB.
 pub const LOW: usize = 1;
 
-const TIB: u64 = 1 << 40;
-/// Where the low window lies.
-const LOW_AT: u64 = 0x1100_0000_0000;
-/// The parts of the host's address space that bit 44 makes.
-const PART: u64 = 1 << 44;
-/// End of the host's user address space.
-const HOST_END: u64 = (1 << 47) - 4096;
+/// First linear address, and end, of the high window.
+const HIGH_START: u64 = 1 << 46;
+const HIGH_END: u64 = 1 << 47;
+/// End of the low window.
+const LOW_END: u64 = 1 << 44;
+/// Where the low window lies on the host: behind the high one.
+const LOW_AT: u64 = (1 << 46) + (1 << 30);
 
+/// By how much the check of an address shifts it. The low bits of [`PLACES`], as SHRX takes its count from a register.
+pub const SHIFTS: [u64; 2] = [34, 32];
+/// The host address of linear address 0, plus the shift.
+pub const PLACES: [u64; 2] = [SHIFTS[HIGH].wrapping_sub(HIGH_START), SHIFTS[LOW] + LOW_AT];
 /// The masks of PDEP.
-pub const MASKS: [u64; 2] = [!PART, (TIB - 1) | (u64::MAX << 47)];
-/// What is added to PDEP's results.
-pub const PLACES: [u64; 2] = [(1u64 << 47).wrapping_neg(), LOW_AT];
+pub const MASKS: [u64; 2] = [!HIGH_END, (LOW_END - 1) | (u64::MAX << 47)];
+/// Offset in [`VcpuMem`]'s mapping of what the shifted addresses index.
+pub const CHECKS: [i32; 2] = [16 << 20, (16 << 20) + (1 << 30)];
+/// Offsets of the pages there that can be read.
+pub const CHECK_PAGES: [usize; 2] = [
+    CHECKS[HIGH] as usize + (HIGH_START >> SHIFTS[HIGH]) as usize,
+    CHECKS[LOW] as usize,
+];
+/// The size of [`VcpuMem`] with all of that.
+pub const WITH_CHECKS: usize = CHECKS[LOW] as usize + (1 << 32);
+const _: () = assert!(size_of::<VcpuMem>() <= CHECKS[HIGH] as usize);
+const _: () = assert!(CHECKS[HIGH] as u64 + (1 << (64 - SHIFTS[HIGH])) <= CHECKS[LOW] as u64);
+
 /// The most that may be added to or taken from an address behind PDEP.
 pub const REACH: i64 = 1 << 20;
 
@@ -53,21 +69,33 @@ const MAX_RUNS: usize = 24_000;
 const RUNS_PER_FAULT: usize = 16;
 const REGION: u64 = 1 << 21;
 
-/// The host address of a linear address, and the kind of its window.
+/// The host address of a linear address that lies in a window.
 pub fn host_of(gva: u64) -> Option<u64> {
-    match gva >> 44 {
-        n @ 4..=7 => Some((2 * n - 8) << 44 | gva & (PART - 1)),
-        _ if gva < TIB => Some(LOW_AT + gva),
+    match gva {
+        HIGH_START..HIGH_END => Some(gva - HIGH_START),
+        0..LOW_END => Some(LOW_AT + gva),
         _ => None,
     }
 }
 
 /// The linear address of a host address in a window.
 pub fn guest_of(host: u64) -> Option<u64> {
-    if (LOW_AT..LOW_AT + TIB).contains(&host) {
-        return Some(host - LOW_AT);
+    let low = host.wrapping_sub(LOW_AT);
+    match host {
+        0..HIGH_START => Some(host + HIGH_START),
+        _ => (low < LOW_END).then_some(low),
     }
-    (host < 1 << 47 && host & PART == 0).then(|| ((host >> 45) + 4) << 44 | host & (PART - 1))
+}
+
+/// What is left of an address that a check has found wrong, `at` bytes into the vCPU's mapping, for which
+/// window; and whether it lies in the other one.
+pub fn failed_check(at: u64) -> Option<(usize, bool)> {
+    let of = |kind: usize| at.wrapping_sub(CHECKS[kind] as u64);
+    if of(LOW) < 1 << 32 {
+        let high = HIGH_START >> SHIFTS[LOW]..HIGH_END >> SHIFTS[LOW];
+        return Some((LOW, high.contains(&of(LOW))));
+    }
+    (of(HIGH) < 1 << 30).then(|| (HIGH, of(HIGH) < LOW_END >> SHIFTS[HIGH]))
 }
 
 /// Reserves the windows and the surroundings that a displacement can reach, for good. False if something lies
@@ -76,16 +104,10 @@ fn reserved() -> bool {
     static RESERVED: OnceLock<bool> = OnceLock::new();
     *RESERVED.get_or_init(|| {
         let margin = REACH as u64 + 4096;
-        let mut all = vec![(LOW_AT - margin, LOW_AT + TIB + margin)];
-        for part in 0..8 {
-            let (start, end) = (part * PART, (part + 1) * PART);
-            if part % 2 == 0 {
-                all.push((start.max(lowest()), end));
-            } else {
-                all.push((start, start + margin));
-                all.push(((end - margin).min(HOST_END - margin), end.min(HOST_END)));
-            }
-        }
+        let all = [
+            (lowest(), HIGH_START + margin),
+            (LOW_AT - margin, LOW_AT + LOW_END + margin),
+        ];
         for (i, &(start, end)) in all.iter().enumerate() {
             if !reserve(start, end) {
                 for &(start, end) in &all[..i] {
@@ -102,9 +124,7 @@ fn reserved() -> bool {
 
 /// Unmaps everything in all windows, which needs no room for more mappings.
 fn empty() {
-    let high = (0..4).map(|n| (2 * n * PART, PART));
-    for (start, len) in high.chain([(LOW_AT, TIB)]) {
-        let (start, end) = (start.max(lowest()), start + len);
+    for (start, end) in [(lowest(), HIGH_START), (LOW_AT, LOW_AT + LOW_END)] {
         let len = end - start;
         let flags = NOTHING | libc::MAP_FIXED;
         // SAFETY: all of it is reserved for windows, which only emitted code accesses.
@@ -221,8 +241,9 @@ pub struct Windows {
     owner: u64,
     /// Page tables must be compared before they are used again.
     stale: bool,
-    /// Something is mapped below 1 TiB.
+    /// Something is mapped below 512 GiB.
     pub low: bool,
+    forbidden: bool,
     tables: Vec<Table>,
     runs: usize,
     files: Files,
@@ -315,8 +336,16 @@ impl Windows {
         *ALWAYS.get_or_init(|| variable() == Some("always".into()))
     }
 
+    /// Lets this vCPU never have windows.
+    pub fn forbid(&mut self, forbid: bool) {
+        self.forbidden = forbid;
+    }
+
     /// Takes the windows for an address space. False if they are in use, or cannot be had.
     pub fn take(&mut self, cr3: u64) -> bool {
+        if self.forbidden {
+            return false;
+        }
         if self.owner == 0 {
             if LEASED.swap(true, Ordering::AcqRel) {
                 return false;

@@ -15,6 +15,7 @@ use crate::layout::VcpuMem;
 use crate::shadow::Shadow;
 use crate::stubs::{self, Helpers};
 use crate::tlb::Caches;
+use crate::window;
 use kvm_core::engine::{EngineError, Kick};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError, Weak};
@@ -86,6 +87,8 @@ impl Drop for CodeMap {
 /// A vCPU's memory, page-aligned and zeroed, with its place in the world.
 pub struct VcpuBox {
     mem: *mut VcpuMem,
+    /// Bytes mapped there.
+    mapped: usize,
     /// In [`crate::run`], so it may hold host pointers and be in translated code.
     pub running: AtomicBool,
 }
@@ -108,14 +111,30 @@ impl VcpuBox {
         // checked. Zeroed bytes are valid for the integer fields, and the fields that are not plain integers
         // (state, vectors) are written before any use.
         unsafe {
-            let mem = libc::mmap(
-                std::ptr::null_mut(),
-                size_of::<VcpuMem>(),
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
-                0,
-            );
+            let map = |size, protection| {
+                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+                libc::mmap(std::ptr::null_mut(), size, protection, flags, -1, 0)
+            };
+            let rw = libc::PROT_READ | libc::PROT_WRITE;
+            // With what the checks of windows read behind it, if there is address space for it.
+            let mut mapped = window::WITH_CHECKS;
+            let mut mem = map(mapped, libc::PROT_NONE);
+            let checks = mem != libc::MAP_FAILED;
+            if checks {
+                let mut parts = window::CHECK_PAGES
+                    .map(|at| (at, 4096, libc::PROT_READ))
+                    .to_vec();
+                parts.push((0, size_of::<VcpuMem>(), rw));
+                for (at, size, protection) in parts {
+                    if libc::mprotect(mem.byte_add(at), size, protection) != 0 {
+                        libc::munmap(mem, mapped);
+                        return Err(EngineError::OutOfMemory);
+                    }
+                }
+            } else {
+                mapped = size_of::<VcpuMem>();
+                mem = map(mapped, rw);
+            }
             if mem == libc::MAP_FAILED {
                 return Err(EngineError::OutOfMemory);
             }
@@ -125,10 +144,12 @@ impl VcpuBox {
             (*mem).jump_mask = AtomicU64::new(crate::far::JUMP_MASK);
             (*mem).this = mem as u64;
             (*mem).host_mxcsr = 0x1f80;
-            (*mem).window_masks = crate::window::MASKS;
-            (*mem).window_places = crate::window::PLACES;
+            (*mem).window_masks = window::MASKS;
+            (*mem).window_places = window::PLACES;
+            (*mem).caches.windows.forbid(!checks);
             Ok(VcpuBox {
                 mem,
+                mapped,
                 running: AtomicBool::new(false),
             })
         }
@@ -151,7 +172,7 @@ impl Drop for VcpuBox {
         // SAFETY: mapped by `new` with this size; the last owner is gone.
         unsafe {
             std::ptr::drop_in_place(self.mem);
-            libc::munmap(self.mem.cast(), size_of::<VcpuMem>());
+            libc::munmap(self.mem.cast(), self.mapped);
         }
     }
 }

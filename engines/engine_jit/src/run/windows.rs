@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::frontend::Op;
-use crate::translate::{HOST_FLAGS, OFFSET, Site};
+use crate::translate::{BORROWED, HOST_FLAGS, OFFSET, Site};
 use crate::window::{self, Memory, Refusal, Windows};
 use iced_x86::Register;
 use x86emu::env::RamRange;
@@ -193,6 +193,9 @@ impl Runner<'_> {
             let f = self.vm.fault.flags;
             self.vm.flags = ((f & 0xd5) << 8 | f >> 11 & 1) as u32;
         }
+        if word & BORROWED != 0 {
+            self.vm.cpu.gpr[gpr::RSI] = self.vm.spill[3];
+        }
         let offset = u32::from(word & OFFSET);
         if let Some(why) = refusal {
             self.learn(block, page | u64::from(offset), ctx, why);
@@ -259,10 +262,17 @@ impl Runner<'_> {
             Refusal::Memory => Site::Probe,
             Refusal::Outside if !low => return,
             Refusal::Outside if cache.site(phys, low).is_some() => Site::Probe,
-            // The high window makes host addresses in the kernel's half of low addresses, the low window none
-            // that are canonical of high ones.
-            Refusal::Outside if fault.vector == 14 => Site::Window(window::LOW),
-            Refusal::Outside => Site::Window(window::HIGH),
+            // Spread for the high window, low addresses are in the kernel's half; spread for the low one, high
+            // addresses are not canonical.
+            Refusal::Outside => {
+                match window::failed_check(fault.address.wrapping_sub(self.vm.this)) {
+                    Some((_, false)) if fault.vector == 14 => return,
+                    Some((window::HIGH, true)) if fault.vector == 14 => Site::Window(window::LOW),
+                    Some((_, true)) if fault.vector == 14 => Site::Window(window::HIGH),
+                    _ if fault.vector == 14 => Site::Window(window::LOW),
+                    _ => Site::Window(window::HIGH),
+                }
+            }
         };
         cache.learn(phys, low, site);
         let same = cache.get(block).is_some_and(|b| b.phys >> 12 == phys >> 12);

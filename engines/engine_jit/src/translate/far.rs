@@ -74,9 +74,10 @@ impl Tx<'_> {
     fn push_return_far(&mut self, op: &Op, poll: Option<u16>, misses: &mut Vec<PendingMiss>) {
         let next = i64::from(op.off) + op.insn.len() as i64;
         if self.window(op).is_some() {
-            let to = self.resolved(window::Base::Gpr(4), -8, window::STACK);
-            self.load_linear(I, next);
-            self.a.store(Size::Q, to, I);
+            let to = self.through(window::Base::Gpr(4), -8, window::STACK);
+            self.load_linear(T, next);
+            self.a.store(Size::Q, to, T);
+            self.a.mov(I, T);
         } else {
             self.save_flags(op.live_before);
             let retry = self.a.here();

@@ -133,7 +133,7 @@ impl Tx<'_> {
             })),
             Kind::Native => {
                 let o = self.operands(op)?;
-                if o.slots.len() > 1 {
+                if o.slots.len() > 1 || o.borrows {
                     return None;
                 }
                 if !o.memory {

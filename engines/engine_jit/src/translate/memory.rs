@@ -161,6 +161,7 @@ impl Tx<'_> {
             slots: Vec::new(),
             memory: false,
             write: false,
+            borrows: false,
             needs: if op.modifies != 0 && op.live_after & !op.kills != 0 {
                 op.live_before
             } else {
@@ -228,6 +229,12 @@ impl Tx<'_> {
         if o.memory {
             tried.set_memory(HostMem::BaseIndex(I, T));
         }
+        if o.memory && o.slots.is_empty() && o.enc.names_high_byte() {
+            // No REX prefix, which T and I need.
+            o.borrows = true;
+            tried.set_memory(HostMem::BaseDisp(reg::RSI, 0));
+            return tried.emit(&mut [0; MAX_LEN]).map(|_| o);
+        }
         let room = if o.memory { 1 } else { 2 };
         let fits = o.slots.len() <= room && !enc_fails(&tried, o.memory || !o.slots.is_empty());
         fits.then_some(o)
@@ -294,7 +301,9 @@ impl Tx<'_> {
         if o.needs != 0 {
             self.restore_flags(op.live_before, true);
         }
-        if let Some(s) = o.slots.first() {
+        if o.borrows {
+            self.borrowing(op, enc, Mem::Sib(Some(I), Some((T, 0)), 0));
+        } else if let Some(s) = o.slots.first() {
             self.a.lea(I, Mem::Sib(Some(I), Some((T, 0)), 0));
             if s.read {
                 self.a.load(Size::Q, T, Mem::Gs(gpr_slot(s.guest)));
@@ -314,6 +323,17 @@ impl Tx<'_> {
         if op.modifies != 0 {
             self.flags = Flags::Host;
         }
+    }
+
+    /// Emits an instruction with its memory operand addressed by RSI.
+    pub(super) fn borrowing(&mut self, op: &Op, mut enc: Encoding, operand: Mem) {
+        let spill = Mem::Gs(off::SPILL + 24);
+        self.a.store(Size::Q, spill, reg::RSI);
+        self.a.lea(reg::RSI, operand);
+        self.mark_with(op, BORROWED);
+        enc.set_memory(HostMem::BaseDisp(reg::RSI, 0));
+        self.emit(op, &enc);
+        self.a.load(Size::Q, reg::RSI, spill);
     }
 
     pub(super) fn emit(&mut self, op: &Op, enc: &Encoding) {
@@ -366,6 +386,8 @@ pub(super) struct Operands {
     pub(super) slots: Vec<Slot>,
     pub(super) memory: bool,
     pub(super) write: bool,
+    /// It names AH to DH: its memory operand must be addressed by RSI.
+    pub(super) borrows: bool,
     /// Flags that must be in EFLAGS before it.
     pub(super) needs: u32,
 }

@@ -105,6 +105,9 @@ pub const OFFSET: u16 = 0xfff;
 /// Bit of such a word: the guest's live flags are in EFLAGS, unless the instruction cannot fault on the host.
 pub const HOST_FLAGS: u16 = 0x8000;
 
+/// Bit of such a word: RSI holds the operand's address, and its own value is in the last spill slot.
+pub const BORROWED: u16 = 0x4000;
+
 /// How the accesses of an instruction go.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Site {

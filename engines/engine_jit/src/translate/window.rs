@@ -1,7 +1,8 @@
 //! Accesses through windows: see [`crate::window`].
 //!
-//! T holds what PDEP made of a base register, for as long as that register changes by constants only, and I
-//! the place of the window. Neither touches EFLAGS, and there is no code for a miss: the host faults.
+//! I holds the place of the window. A base register that the host holds is checked once, for as long as it changes by
+//! constants only; then it is the base of the host's operand too. Everything else is spread into T, which is
+//! kept likewise. Nothing touches EFLAGS, and there is no code for a miss: the host faults.
 
 use super::group::Change;
 use super::memory::Operands;
@@ -22,7 +23,7 @@ pub(super) enum Base {
     Code,
 }
 
-/// What T holds.
+/// What T holds: what PDEP makes of a base.
 #[derive(Clone, Copy, Debug)]
 struct Spread {
     base: Base,
@@ -33,17 +34,22 @@ struct Spread {
     resolved: bool,
 }
 
-/// What the scratch registers hold between instructions.
+/// What is known between instructions.
 #[derive(Default)]
 pub(super) struct Scratch {
     spread: Option<Spread>,
     /// I holds the place of this window.
     place: Option<usize>,
-    /// The instruction that is emitted has not used them for anything else.
+    /// The instruction that is emitted has not used the scratch registers for anything else.
     pub(super) kept: bool,
+    /// Guest registers that were checked, a bit each, by window.
+    checked: [u16; 2],
+    /// What they have moved by since.
+    moved: [i32; 16],
 }
 
 impl Scratch {
+    /// T and I are used for something else.
     pub(super) fn forget(&mut self) {
         (self.spread, self.place) = (None, None);
     }
@@ -65,12 +71,17 @@ fn near(disp: i64) -> bool {
 impl Tx<'_> {
     /// Notes where the code of an instruction starts, and where the flags are.
     pub(super) fn mark(&mut self, op: &Op) {
+        self.mark_with(op, 0);
+    }
+
+    /// The same with another bit.
+    pub(super) fn mark_with(&mut self, op: &Op, bit: u16) {
         let host = if self.ctx.windows() && self.flags == Flags::Host {
             HOST_FLAGS
         } else {
             0
         };
-        self.map.push((self.a.here() as u32, op.off | host));
+        self.map.push((self.a.here() as u32, op.off | host | bit));
     }
 
     /// The window that the operand of an instruction is expected in; `None`: no window.
@@ -84,10 +95,13 @@ impl Tx<'_> {
         }
     }
 
-    /// Follows what an instruction has done to the base of what T holds.
+    /// Follows what an instruction has done to what is known.
     pub(super) fn after_window(&mut self, op: &Op) {
         if !self.scratch.kept {
             self.scratch.forget();
+        }
+        if self.scratch.checked != [0; 2] {
+            self.follow_checked(op);
         }
         let Some(Spread {
             base: Base::Gpr(base),
@@ -103,6 +117,94 @@ impl Tx<'_> {
                 _ => self.scratch.spread = None,
             }
         }
+    }
+
+    /// Follows what an instruction has done to registers that were checked.
+    fn follow_checked(&mut self, op: &Op) {
+        let insn = &op.insn;
+        let forget = |s: &mut Scratch, mask: u16| s.checked = s.checked.map(|c| c & !mask);
+        let shift = |s: &mut Scratch, n: u8, by: i64| {
+            let to = i64::from(s.moved[usize::from(n)]) + by;
+            if near(to) {
+                s.moved[usize::from(n)] = to as i32;
+            } else {
+                s.checked = s.checked.map(|c| c & !(1 << n));
+            }
+        };
+        match op.kind {
+            Kind::Nop | Kind::Jcc(..) => return,
+            Kind::Push => return shift(&mut self.scratch, 4, -i64::from(Self::stack_size(insn).1)),
+            Kind::Pop => {
+                shift(&mut self.scratch, 4, i64::from(Self::stack_size(insn).1));
+                let to = number(insn.op0_register());
+                return forget(&mut self.scratch, 1 << to);
+            }
+            Kind::Native | Kind::Lea => {}
+            _ => return forget(&mut self.scratch, u16::MAX),
+        }
+        use iced_x86::Mnemonic as M;
+        let wide = |i: u32| insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_gpr64();
+        let to = if insn.op_count() > 0 && wide(0) {
+            number(insn.op0_register()) & 15
+        } else {
+            16
+        };
+        if to < 16 {
+            let constant = matches!(
+                insn.op1_kind(),
+                OpKind::Immediate8to64 | OpKind::Immediate32to64
+            );
+            let from = match (op.kind, insn.mnemonic()) {
+                (_, M::Cmp | M::Test) => return,
+                (Kind::Lea, _) if insn.memory_index() == Register::None => {
+                    let base = insn.memory_base();
+                    let by = insn.memory_displacement64() as i64;
+                    base.is_gpr64().then(|| (number(base) & 15, by))
+                }
+                (_, M::Add) if constant => Some((to, insn.immediate(1) as i64)),
+                (_, M::Sub) if constant => Some((to, (insn.immediate(1) as i64).wrapping_neg())),
+                (_, M::Mov) if wide(1) => Some((number(insn.op1_register()) & 15, 0)),
+                _ => None,
+            };
+            if let Some((from, by)) = from {
+                let s = &mut self.scratch;
+                for c in &mut s.checked {
+                    *c = *c & !(1 << to) | (*c >> from & 1) << to;
+                }
+                s.moved[usize::from(to)] = s.moved[usize::from(from)];
+                if near(by) {
+                    shift(s, to, by);
+                } else {
+                    forget(s, 1 << to);
+                }
+                return;
+            }
+        }
+        let info = self.info.info(insn);
+        for u in info.used_registers() {
+            let r = u.register();
+            if r.is_gpr() && !matches!(u.access(), OpAccess::Read | OpAccess::CondRead) {
+                forget(&mut self.scratch, 1 << (number(r) & 15));
+            }
+        }
+    }
+
+    /// The memory `disp` bytes from a register that the host holds, checked. Clobbers T if it has to be.
+    fn checked(&mut self, guest: u8, reg: u8, disp: i32, kind: usize) -> Mem {
+        self.placed(kind);
+        let bit = 1u16 << guest;
+        if self.scratch.checked[kind] & bit == 0 {
+            self.a.shrx(T, reg, I);
+            let check = Mem::GsBase(T, crate::window::CHECKS[kind]);
+            self.a.load(Size::B, T, check);
+            self.scratch.spread = None;
+            // What it has moved by counts from here: it holds for one window only.
+            self.scratch.checked[1 - kind] &= !bit;
+            self.scratch.checked[kind] |= bit;
+            self.scratch.moved[usize::from(guest)] = 0;
+        }
+        let bias = crate::window::SHIFTS[kind] as i32;
+        Mem::Sib(Some(reg), Some((I, 0)), disp - bias)
     }
 
     /// Makes T hold what PDEP makes of a base; what the base has moved by since, and whether T is a host address.
@@ -127,7 +229,10 @@ impl Tx<'_> {
                 T
             }
         };
-        self.a.pdep(T, from, mask(kind));
+        // Code executes where it lies, in the user's half, which the high window is right about.
+        if base != Base::Code || kind != crate::window::HIGH {
+            self.a.pdep(T, from, mask(kind));
+        }
         self.scratch.spread = Some(Spread {
             base,
             kind,
@@ -147,27 +252,19 @@ impl Tx<'_> {
 
     /// The memory `disp` bytes from a base.
     pub(super) fn through(&mut self, base: Base, disp: i32, kind: usize) -> Mem {
+        if let Base::Gpr(n) = base
+            && let Some(reg) = host(n)
+        {
+            return self.checked(n, reg, disp, kind);
+        }
         let (moved, resolved) = self.spread(base, kind);
         let disp = disp + moved as i32;
         if resolved {
             return at(T, disp);
         }
         self.placed(kind);
-        Mem::Sib(Some(I), Some((T, 0)), disp)
-    }
-
-    /// The same with I free to be used.
-    pub(super) fn resolved(&mut self, base: Base, disp: i32, kind: usize) -> Mem {
-        let (moved, resolved) = self.spread(base, kind);
-        if !resolved {
-            self.placed(kind);
-            self.a.lea(T, Mem::Sib(Some(I), Some((T, 0)), 0));
-            if let Some(s) = &mut self.scratch.spread {
-                s.resolved = true;
-            }
-        }
-        self.scratch.place = None;
-        at(T, disp + moved as i32)
+        let bias = crate::window::SHIFTS[kind] as i32;
+        Mem::Sib(Some(I), Some((T, 0)), disp - bias)
     }
 
     /// The base of an operand that has one, and the displacement.
@@ -201,7 +298,8 @@ impl Tx<'_> {
         }
         self.a.pdep(T, T, mask(kind));
         self.placed(kind);
-        Mem::Sib(Some(I), Some((T, 0)), 0)
+        let bias = crate::window::SHIFTS[kind] as i32;
+        Mem::Sib(Some(I), Some((T, 0)), -bias)
     }
 
     /// A copied instruction with its memory operand in a window.
@@ -211,23 +309,42 @@ impl Tx<'_> {
         if o.needs != 0 {
             self.restore_flags(op.live_before, false);
         }
+        if flags != self.flags {
+            self.mark(op);
+        }
         let mut operand = self.window_operand(&op.insn, kind);
+        if o.borrows {
+            self.borrowing(op, enc, operand);
+            if op.modifies != 0 {
+                self.flags = Flags::Host;
+            }
+            self.scratch.kept = true;
+            return;
+        }
         let mut kept = true;
+        // The scratch register that the address does not need.
+        let mut free = T;
         if let Some(s) = o.slots.first() {
             if let Mem::Sib(Some(I), Some((T, 0)), disp) = operand {
-                self.a.lea(T, Mem::Sib(Some(I), Some((T, 0)), 0));
+                let bias = crate::window::SHIFTS[kind] as i32;
+                self.a.lea(T, Mem::Sib(Some(I), Some((T, 0)), -bias));
                 match &mut self.scratch.spread {
                     Some(s) => s.resolved = true,
                     None => kept = false,
                 }
-                operand = at(T, disp);
+                operand = at(T, disp + bias);
             }
-            self.scratch.place = None;
+            if matches!(operand, Mem::Sib(Some(T), None, _)) {
+                free = I;
+                self.scratch.place = None;
+            } else {
+                self.scratch.spread = None;
+            }
             if s.read {
-                self.a.load(Size::Q, I, Mem::Gs(gpr_slot(s.guest)));
+                self.a.load(Size::Q, free, Mem::Gs(gpr_slot(s.guest)));
             }
             for &f in &s.fields {
-                enc.set_register(f, I);
+                enc.set_register(f, free);
             }
         }
         enc.set_memory(match operand {
@@ -244,14 +361,11 @@ impl Tx<'_> {
                 HostMem::BaseDisp(T, 0)
             }
         });
-        if flags != self.flags {
-            self.mark(op);
-        }
         self.emit(op, &enc);
         if let Some(s) = o.slots.first()
             && s.write
         {
-            self.a.store(Size::Q, Mem::Gs(gpr_slot(s.guest)), I);
+            self.a.store(Size::Q, Mem::Gs(gpr_slot(s.guest)), free);
         }
         if op.modifies != 0 {
             self.flags = Flags::Host;
@@ -270,9 +384,10 @@ impl Tx<'_> {
                     self.a.store(size, to, h);
                 }
                 None => {
-                    let to = self.resolved(stack, -n, STACK);
-                    self.a.load(Size::Q, I, Mem::Gs(gpr_slot(guest)));
-                    self.a.store(size, to, I);
+                    let to = self.through(stack, -n, STACK);
+                    self.scratch.spread = None;
+                    self.a.load(Size::Q, T, Mem::Gs(gpr_slot(guest)));
+                    self.a.store(size, to, T);
                 }
             }
         } else {
@@ -298,9 +413,9 @@ impl Tx<'_> {
                 self.move_stack(n);
             }
             None => {
-                self.a.load(size, I, from);
-                self.scratch.place = None;
-                self.a.store(Size::Q, Mem::Gs(gpr_slot(guest)), I);
+                self.scratch.spread = None;
+                self.a.load(size, T, from);
+                self.a.store(Size::Q, Mem::Gs(gpr_slot(guest)), T);
                 self.move_stack(n);
             }
         }
