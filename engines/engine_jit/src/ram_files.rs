@@ -5,7 +5,6 @@
     reason = "fstat and fcntl on descriptors that are looked through"
 )]
 
-use std::io::{BufRead, BufReader};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use x86emu::env::RamRange;
 
@@ -59,9 +58,7 @@ impl Files {
 fn find(ram: &RamRange) -> Option<File> {
     let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
     let (size, offset, device, inode) = maps.lines().find_map(|line| mapping(line, ram.host))?;
-    if watched(ram.host) {
-        return None;
-    }
+    let mut found = None;
     for entry in std::fs::read_dir("/proc/self/fd").ok()?.flatten() {
         let Some(n) = entry
             .file_name()
@@ -70,10 +67,16 @@ fn find(ram: &RamRange) -> Option<File> {
         else {
             continue;
         };
+        // Faults of guest RAM may go to user space, which must see all of them.
+        if std::fs::read_link(entry.path()).is_ok_and(|to| to.ends_with("anon_inode:[userfaultfd]"))
+        {
+            return None;
+        }
         // SAFETY: fstat writes to its buffer only, and fails for a descriptor that is gone.
         unsafe {
             let mut st: libc::stat = std::mem::zeroed();
-            let same = libc::fstat(n, &mut st) == 0
+            let same = found.is_none()
+                && libc::fstat(n, &mut st) == 0
                 && st.st_ino == inode
                 && (libc::major(st.st_dev), libc::minor(st.st_dev)) == device
                 && libc::fcntl(n, libc::F_GETFL) & libc::O_ACCMODE == libc::O_RDWR;
@@ -82,7 +85,7 @@ fn find(ram: &RamRange) -> Option<File> {
             }
             let fd = libc::fcntl(n, libc::F_DUPFD_CLOEXEC, 3);
             if fd >= 0 {
-                return Some(File {
+                found = Some(File {
                     gpa: ram.gpa,
                     size: size.min(ram.size),
                     offset,
@@ -91,29 +94,7 @@ fn find(ram: &RamRange) -> Option<File> {
             }
         }
     }
-    None
-}
-
-/// Faults of this mapping go to user space (userfaultfd), which must see those of the guest.
-fn watched(host: u64) -> bool {
-    let Ok(file) = std::fs::File::open("/proc/self/smaps") else {
-        return false;
-    };
-    let mut inside = false;
-    for line in BufReader::new(file).lines().map_while(Result::ok) {
-        if line.starts_with(|c: char| c.is_ascii_digit() || c.is_ascii_lowercase()) {
-            inside = mapping(&line, host).is_some();
-        } else if inside && let Some(flags) = line.strip_prefix("VmFlags:") {
-            return watched_flags(flags);
-        }
-    }
-    false
-}
-
-/// Missing pages, write protection, minor faults.
-fn watched_flags(flags: &str) -> bool {
-    let mut flags = flags.split_ascii_whitespace();
-    flags.any(|f| matches!(f, "um" | "uw" | "ui"))
+    found
 }
 
 /// Size, file offset, device and inode of the shared, writable mapping that this line is about, from `host` on.
@@ -150,7 +131,5 @@ mod tests {
         );
         assert_eq!(mapping(&line.replace("4242", "0"), 0x7f00_0000_1000), None);
         assert_eq!(mapping("", 0), None);
-        assert!(watched_flags(" rd wr sh mr mw me ms um sd"));
-        assert!(!watched_flags(" rd wr sh mr mw me ms sd"));
     }
 }
