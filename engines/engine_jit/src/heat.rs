@@ -10,6 +10,8 @@ const SPACES: usize = 16;
 const HOT: i64 = 10_000_000;
 /// The longest time between two looks that counts.
 const LONGEST: u64 = 30_000_000;
+/// The most that counts of one cost.
+const LONGEST_COST: u64 = 2_000_000;
 /// What mappings may cost in the beginning.
 const CREDIT: u64 = 10_000_000;
 /// How long an address space whose windows did not pay has to run before it gets new ones; doubled each time.
@@ -92,7 +94,8 @@ impl Heat {
 
     /// Mapping took `cycles`. False if the windows do not pay.
     pub fn charge(&mut self, cr3: u64, cycles: u64) -> bool {
-        self.cost += cycles;
+        // What takes longer is done once: looking for the file of guest RAM.
+        self.cost += cycles.min(LONGEST_COST);
         self.total[2] += cycles;
         if self.cost <= CREDIT + self.used / 4 {
             return true;
