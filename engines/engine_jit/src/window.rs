@@ -244,6 +244,7 @@ pub struct Windows {
     /// Something is mapped below 512 GiB.
     pub low: bool,
     forbidden: bool,
+    unusable: bool,
     tables: Vec<Table>,
     runs: usize,
     files: Files,
@@ -339,6 +340,21 @@ impl Windows {
     /// Lets this vCPU never have windows.
     pub fn forbid(&mut self, forbid: bool) {
         self.forbidden = forbid;
+    }
+
+    /// This vCPU cannot have windows now.
+    pub fn hopeless(&self) -> bool {
+        self.forbidden || self.unusable
+    }
+
+    /// The guest's RAM, of which the page at `gpa` is part, can be mapped a second time. If not, that is remembered
+    /// until memslots change.
+    pub fn usable(&mut self, memory: &mut dyn Memory, gpa: u64) -> bool {
+        if !self.unusable {
+            let ram = memory.ram(gpa & ADDR);
+            self.unusable = !ram.is_some_and(|ram| self.files.of(&ram).is_some());
+        }
+        !self.unusable
     }
 
     /// Takes the windows for an address space. False if they are in use, or cannot be had.
@@ -448,6 +464,7 @@ impl Windows {
     /// Guest-physical addresses may mean other memory.
     pub fn forget_memory(&mut self) {
         self.drop_all();
+        self.unusable = false;
         self.files = Files::default();
     }
 

@@ -87,10 +87,14 @@ impl Runner<'_> {
         }
         if !caches.windows.belong_to(cpu.cr3) {
             let hot = Windows::always() || caches.heat.hot(cpu.cr3);
-            if !hot || !caches.windows.take(cpu.cr3) {
+            let cr3 = cpu.cr3;
+            if !hot || caches.windows.hopeless() {
                 return ctx;
             }
-            caches.heat.took();
+            if !self.with_windows(|w, memory| w.usable(memory, cr3) && w.take(cr3)) {
+                return ctx;
+            }
+            self.vm.caches.heat.took();
             if !self.learn_slots() {
                 return ctx;
             }

@@ -13,6 +13,7 @@ impl Tx<'_> {
     }
 
     pub(super) fn jcc(&mut self, op: &Op, cond: ConditionCode, target: i64) {
+        self.held = self.held_before;
         self.restore_flags(op.live_before | op.reads, false);
         self.scratch.kept = true;
         let code = cond as u8 - ConditionCode::o as u8;

@@ -234,6 +234,7 @@ impl Tx<'_> {
         let span = (plan.high - plan.low) as usize;
         let probe = self.probe(span, plan.write, retry, &ops[0]);
         self.a.lea(I, Mem::Sib(Some(I), Some((T, 0)), 0));
+        self.held = [None; 2];
         self.group = Some(Group {
             low: plan.low,
             moved: 0,

@@ -266,17 +266,19 @@ impl Tx<'_> {
             self.resume_miss([miss], op);
             return;
         }
+        self.held = self.held_before;
         if o.needs != 0 {
             self.restore_flags(op.live_before, false);
         }
+        self.scratch.kept = true;
         let mut enc = o.enc;
-        if let Some(direct) = in_place(&op.insn, &enc, &o.slots) {
+        let held = o.slots.iter().any(|s| self.held.contains(&Some(s.guest)));
+        if !held && let Some(direct) = in_place(&op.insn, &enc, &o.slots) {
             self.emit(op, &direct);
-            self.scratch.kept = true;
         } else {
-            self.scratch.kept = o.slots.is_empty();
-            for (s, tmp) in o.slots.iter().zip([T, I]) {
-                if s.read {
+            let places = self.places(&o.slots);
+            for (s, &tmp) in o.slots.iter().zip(&places) {
+                if s.read && self.held[usize::from(tmp == I)] != Some(s.guest) {
                     self.a.load(Size::Q, tmp, Mem::Gs(gpr_slot(s.guest)));
                 }
                 for &f in &s.fields {
@@ -284,14 +286,43 @@ impl Tx<'_> {
                 }
             }
             self.emit(op, &enc);
-            for (s, tmp) in o.slots.iter().zip([T, I]) {
+            for (s, &tmp) in o.slots.iter().zip(&places) {
                 if s.write {
                     self.a.store(Size::Q, Mem::Gs(gpr_slot(s.guest)), tmp);
                 }
+                self.hold(tmp, s.guest);
             }
         }
         if op.modifies != 0 {
             self.flags = Flags::Host;
+        }
+    }
+
+    /// The scratch registers for an instruction's operands that live in memory: where they are already, or T first, as
+    /// I may be in use.
+    fn places(&self, slots: &[Slot]) -> [u8; 2] {
+        let held = |s: &Slot| self.held.iter().position(|&h| h == Some(s.guest));
+        match slots {
+            [a, b] => match (held(a), held(b)) {
+                (Some(1), _) | (None, Some(0)) => [I, T],
+                _ => [T, I],
+            },
+            [a] if held(a) == Some(1) => [I, T],
+            _ => [T, I],
+        }
+    }
+
+    /// A scratch register holds the value of a guest register that lives in memory.
+    pub(super) fn hold(&mut self, tmp: u8, guest: u8) {
+        let n = usize::from(tmp == I);
+        if self.held[1 - n] == Some(guest) {
+            self.held[1 - n] = None;
+        }
+        self.held[n] = Some(guest);
+        if tmp == I {
+            self.scratch.lose_place();
+        } else {
+            self.scratch.lose_spread();
         }
     }
 
@@ -374,6 +405,7 @@ impl Tx<'_> {
         }
         if dst.is_none() {
             self.a.store(Size::Q, Mem::Gs(gpr_slot(guest)), T);
+            self.held = [Some(guest), None];
         }
     }
 }

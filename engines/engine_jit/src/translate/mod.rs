@@ -149,6 +149,9 @@ struct Tx<'a> {
     fars_used: u32,
     /// What the scratch registers hold for windows.
     scratch: window::Scratch,
+    /// Guest registers that live in memory whose values T and I hold too, and held before this instruction.
+    held: [Option<u8>; 2],
+    held_before: [Option<u8>; 2],
 }
 
 /// Translates `block` to code that will execute at `base`.
@@ -178,6 +181,8 @@ pub fn translate<'a>(
         fars: Vec::new(),
         fars_used: 0,
         scratch: window::Scratch::default(),
+        held: [None; 2],
+        held_before: [None; 2],
     };
     // Indirect entry: T is the linear address, the flags are in memory.
     if ctx.windows() {
@@ -298,6 +303,7 @@ impl Tx<'_> {
         } else if self.flags == Flags::Host && live != 0 {
             flags::save(&mut self.a);
             self.scratch.forget();
+            self.held = [None; 2];
         }
         if live != 0 {
             self.flags = Flags::Memory;
@@ -314,6 +320,7 @@ impl Tx<'_> {
             } else {
                 flags::restore(&mut self.a);
                 self.scratch.forget();
+                self.held = [None; 2];
             }
         }
         self.flags = Flags::Host;
@@ -331,6 +338,7 @@ impl Tx<'_> {
     }
 
     fn op(&mut self, op: &Op) {
+        self.held_before = std::mem::take(&mut self.held);
         match op.kind {
             Kind::Nop => {}
             Kind::Native => self.native(op),

@@ -49,6 +49,16 @@ pub(super) struct Scratch {
 }
 
 impl Scratch {
+    /// T is used for something else.
+    pub(super) fn lose_spread(&mut self) {
+        self.spread = None;
+    }
+
+    /// I is used for something else.
+    pub(super) fn lose_place(&mut self) {
+        self.place = None;
+    }
+
     /// T and I are used for something else.
     pub(super) fn forget(&mut self) {
         (self.spread, self.place) = (None, None);
@@ -194,6 +204,7 @@ impl Tx<'_> {
         self.placed(kind);
         let bit = 1u16 << guest;
         if self.scratch.checked[kind] & bit == 0 {
+            self.held[0] = None;
             self.a.shrx(T, reg, I);
             let check = Mem::GsBase(T, crate::window::CHECKS[kind]);
             self.a.load(Size::B, T, check);
@@ -215,6 +226,7 @@ impl Tx<'_> {
         {
             return (s.moved, s.resolved);
         }
+        self.held[0] = None;
         let from = match base {
             Base::Gpr(n) => host(n).unwrap_or_else(|| {
                 self.a.load(Size::Q, T, Mem::Gs(gpr_slot(n)));
@@ -246,6 +258,7 @@ impl Tx<'_> {
     fn placed(&mut self, kind: usize) {
         if self.scratch.place != Some(kind) {
             self.a.load(Size::Q, I, place(kind));
+            self.held[1] = None;
             self.scratch.place = Some(kind);
         }
     }
@@ -290,6 +303,7 @@ impl Tx<'_> {
             return self.through(base, disp, kind);
         }
         self.scratch.forget();
+        self.held = [None; 2];
         self.address_parts(insn, T);
         let n = (insn.memory_segment() as usize).wrapping_sub(Register::ES as usize);
         if n >= 4 {
@@ -304,6 +318,7 @@ impl Tx<'_> {
 
     /// A copied instruction with its memory operand in a window.
     pub(super) fn native_in_window(&mut self, op: &Op, o: &Operands, kind: usize) {
+        self.held = self.held_before;
         let mut enc = o.enc;
         let flags = self.flags;
         if o.needs != 0 {
@@ -328,6 +343,7 @@ impl Tx<'_> {
             if let Mem::Sib(Some(I), Some((T, 0)), disp) = operand {
                 let bias = crate::window::SHIFTS[kind] as i32;
                 self.a.lea(T, Mem::Sib(Some(I), Some((T, 0)), -bias));
+                self.held[0] = None;
                 match &mut self.scratch.spread {
                     Some(s) => s.resolved = true,
                     None => kept = false,
@@ -340,9 +356,10 @@ impl Tx<'_> {
             } else {
                 self.scratch.spread = None;
             }
-            if s.read {
+            if s.read && self.held[usize::from(free == I)] != Some(s.guest) {
                 self.a.load(Size::Q, free, Mem::Gs(gpr_slot(s.guest)));
             }
+            self.held = [None; 2];
             for &f in &s.fields {
                 enc.set_register(f, free);
             }
@@ -366,6 +383,9 @@ impl Tx<'_> {
             && s.write
         {
             self.a.store(Size::Q, Mem::Gs(gpr_slot(s.guest)), free);
+        }
+        if let Some(s) = o.slots.first() {
+            self.held[usize::from(free == I)] = Some(s.guest);
         }
         if op.modifies != 0 {
             self.flags = Flags::Host;
