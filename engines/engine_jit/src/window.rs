@@ -352,7 +352,7 @@ impl Windows {
     pub fn usable(&mut self, memory: &mut dyn Memory, gpa: u64) -> bool {
         if !self.unusable {
             let ram = memory.ram(gpa & ADDR);
-            self.unusable = !ram.is_some_and(|ram| self.files.of(&ram).is_some());
+            self.unusable = ram.is_none_or(|ram| self.files.of(&ram).is_none());
         }
         !self.unusable
     }
