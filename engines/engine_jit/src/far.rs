@@ -181,7 +181,8 @@ pub fn slot(n: u32, back: bool) -> Mem {
 /// jump that is taken if it is not there.
 pub fn jump(a: &mut Asm, how: u8) -> usize {
     let entry = |field: usize| Mem::GsIndex(I, far(offset_of!(Far, jumps) + field));
-    let rcx = Mem::Gs(off::SPILL + 8);
+    // In the red zone of the host's stack: processors rename such memory, so that nothing waits for RCX.
+    let rcx = at(reg::RSP, -16);
     a.pext(I, T, off::JUMP_MASK);
     a.lea(I, Mem::Sib(Some(I), Some((I, 0)), 0));
     a.store(Size::Q, rcx, reg::RCX);

@@ -82,6 +82,19 @@ fn install() {
     }
 }
 
+/// A host fault on this thread would come to the handler: it is still in place, and the signal is not blocked.
+pub fn faults_arrive() -> bool {
+    // SAFETY: both calls only write to their buffers.
+    unsafe {
+        let mut now = unsafe_zeroed();
+        let mut blocked: libc::sigset_t = std::mem::zeroed();
+        libc::sigaction(libc::SIGSEGV, std::ptr::null(), &raw mut now) == 0
+            && now.sa_sigaction == handler as *const () as usize
+            && libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), &raw mut blocked) == 0
+            && libc::sigismember(&raw const blocked, libc::SIGSEGV) == 0
+    }
+}
+
 extern "C" fn handler(sig: libc::c_int, info: *mut libc::siginfo_t, ctx: *mut libc::c_void) {
     let current = CURRENT.get();
     // SAFETY: the kernel passes a valid ucontext; `vm` is valid while `Translated` lives.

@@ -359,7 +359,7 @@ impl Windows {
 
     /// Takes the windows for an address space. False if they are in use, or cannot be had.
     pub fn take(&mut self, cr3: u64) -> bool {
-        if self.forbidden {
+        if self.forbidden || !crate::signal::faults_arrive() {
             return false;
         }
         if self.owner == 0 {

@@ -70,8 +70,13 @@ impl Tx<'_> {
     }
 
     /// Pushes the return address of a call, and its complement on the stack of return addresses.
-    /// `poll`: page offset of the target, if it lies before the call in this page.
-    fn push_return_far(&mut self, op: &Op, poll: Option<u16>, misses: &mut Vec<PendingMiss>) {
+    /// `poll`: page offset of the target, and the flags that it reads, if it lies before the call in this page.
+    fn push_return_far(
+        &mut self,
+        op: &Op,
+        poll: Option<(u16, u32)>,
+        misses: &mut Vec<PendingMiss>,
+    ) {
         let next = i64::from(op.off) + op.insn.len() as i64;
         if self.window(op).is_some() {
             let to = self.through(window::Base::Gpr(4), -8, window::STACK);
@@ -90,8 +95,8 @@ impl Tx<'_> {
         self.settle_flags(op.live_before);
         self.scratch.forget();
         self.move_stack(-8);
-        if let Some(target) = poll {
-            self.poll(target, ARITH);
+        if let Some((target, live)) = poll {
+            self.poll(target, live);
         }
         // Faults if there is no room.
         self.a.load(Size::D, T, at(reg::RSP, -shadow::PROBE));
@@ -103,7 +108,7 @@ impl Tx<'_> {
         let mut misses = Vec::new();
         let backwards = target <= i64::from(op.off);
         let near = self.linkable(target);
-        let poll = (near && backwards).then_some(target as u16);
+        let poll = (near && backwards).then_some((target as u16, op.live_target));
         self.push_return_far(op, poll, &mut misses);
         if near {
             self.a.align_link(1);
@@ -150,17 +155,18 @@ impl Tx<'_> {
             self.a.jmp_to(self.stubs.far.lost);
             return;
         }
-        let rcx = Mem::Gs(off::SPILL + 8);
+        let rcx = at(reg::RSP, -16);
         self.a.store(Size::Q, rcx, reg::RCX);
         self.a.load(Size::Q, reg::RCX, at(reg::RSP, 0));
-        self.a.lea(reg::RSP, at(reg::RSP, 8));
         self.a
             .lea(reg::RCX, Mem::Sib(Some(reg::RCX), Some((T, 0)), 1));
         let same = self.a.jrcxz();
         self.a.load(Size::Q, reg::RCX, rcx);
+        self.a.lea(reg::RSP, at(reg::RSP, 8));
         self.a.jmp_to(self.stubs.far.astray);
         self.a.bind8(same);
         self.a.load(Size::Q, reg::RCX, rcx);
+        self.a.lea(reg::RSP, at(reg::RSP, 8));
         self.a.align_link(1);
         let site = self.a.jmp();
         self.cold.push(Cold::Land {
