@@ -9,6 +9,7 @@ use crate::layout::{Fault, VcpuMem};
 use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Once;
+use std::sync::atomic::{AtomicI32, Ordering};
 
 const SIGNALS: [libc::c_int; 4] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL];
 
@@ -80,6 +81,25 @@ fn install() {
             libc::sigaction(sig, &act, std::ptr::null_mut());
         }
     }
+}
+
+/// The seccomp mode of the thread that made the first virtual machine, plus 1.
+static SECCOMP: AtomicI32 = AtomicI32::new(0);
+
+fn seccomp_mode() -> i32 {
+    // SAFETY: asks, and changes nothing.
+    unsafe { libc::prctl(libc::PR_GET_SECCOMP) }
+}
+
+/// Notes what system calls threads may make when virtual machines are made.
+pub fn note_filter() {
+    let mode = seccomp_mode() + 1;
+    let _ = SECCOMP.compare_exchange(0, mode, Ordering::Relaxed, Ordering::Relaxed);
+}
+
+/// This thread may make the system calls that windows need: it got no filter of its own since then.
+pub fn unfiltered() -> bool {
+    seccomp_mode() < SECCOMP.load(Ordering::Relaxed)
 }
 
 /// A host fault on this thread would come to the handler: it is still in place, and the signal is not blocked.

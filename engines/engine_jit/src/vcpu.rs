@@ -26,6 +26,7 @@ impl JitEngine {
     /// # Errors
     /// When memory, or executable memory, cannot be had.
     pub fn new() -> Result<Self, EngineError> {
+        crate::signal::note_filter();
         Ok(JitEngine {
             world: Arc::new(World::new(&HELPERS)?),
         })

@@ -22,6 +22,7 @@
 
 use crate::layout::VcpuMem;
 use crate::ram_files::Files;
+use crate::signal;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use x86emu::env::RamRange;
@@ -351,6 +352,10 @@ impl Windows {
     /// until memslots change.
     pub fn usable(&mut self, memory: &mut dyn Memory, gpa: u64) -> bool {
         if !self.unusable {
+            if !signal::unfiltered() {
+                self.unusable = true;
+                return false;
+            }
             let ram = memory.ram(gpa & ADDR);
             self.unusable = ram.is_none_or(|ram| self.files.of(&ram).is_none());
         }
@@ -359,7 +364,7 @@ impl Windows {
 
     /// Takes the windows for an address space. False if they are in use, or cannot be had.
     pub fn take(&mut self, cr3: u64) -> bool {
-        if self.forbidden || !crate::signal::faults_arrive() {
+        if self.forbidden || !signal::faults_arrive() {
             return false;
         }
         if self.owner == 0 {
