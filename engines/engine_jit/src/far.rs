@@ -16,7 +16,7 @@ use crate::flags;
 use crate::layout::{
     JUMP2_ENTRIES, JUMP2_HASH, JUMP2_SHIFT, JumpEntry, TLB_USER, VcpuMem, jumps2_base, off,
 };
-use crate::stubs::{I, Stubs, T};
+use crate::stubs::{I, SEARCH, Stubs, T};
 use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
 use std::mem::offset_of;
@@ -219,9 +219,6 @@ fn level2(a: &mut Asm) {
     a.shr(reg::RAX, JUMP2_SHIFT - 4);
     a.alu_imm(Size::D, 4, reg::RAX, ((JUMP2_ENTRIES - 1) << 4) as i32);
 }
-
-/// How many outer calls a return may skip to be found.
-const SEARCH: i32 = 20;
 
 /// Emits the stubs; those of `s` that they lead to are there.
 pub fn emit(a: &mut Asm, s: &mut Stubs) {

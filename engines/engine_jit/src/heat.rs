@@ -2,7 +2,7 @@
 //!
 //! Times are in cycles of the host's TSC.
 
-use x86emu::paging::entry::ADDR;
+use crate::window::key;
 
 /// Address spaces that are watched.
 const SPACES: usize = 16;
@@ -44,10 +44,6 @@ pub struct Heat {
     pub refused: u64,
     /// User time with and without windows, and the cost of mappings, since start.
     pub total: [u64; 3],
-}
-
-fn key(cr3: u64) -> u64 {
-    cr3 & ADDR | 1
 }
 
 impl Heat {

@@ -330,7 +330,7 @@ pub fn emit(a: &mut Asm, helpers: &Helpers, avx: bool) -> Stubs {
 }
 
 /// How many outer calls a return may skip (an exception, a `longjmp`) to be found.
-const SEARCH: i32 = 20;
+pub const SEARCH: i32 = 20;
 
 /// I = offset of T in a first-level jump cache. `bmi2`: the host has RORX.
 pub fn jump_offset(a: &mut Asm, bmi2: bool) {

@@ -345,7 +345,8 @@ impl Windows {
 
     /// This vCPU cannot have windows now.
     pub fn hopeless(&self) -> bool {
-        self.forbidden || self.unusable
+        let elsewhere = self.owner == 0 && LEASED.load(Ordering::Relaxed);
+        self.forbidden || self.unusable || elsewhere
     }
 
     /// The guest's RAM, of which the page at `gpa` is part, can be mapped a second time. If not, that is remembered
@@ -697,7 +698,8 @@ impl Windows {
     }
 }
 
-fn key(cr3: u64) -> u64 {
+/// An address space, as a number that is not 0.
+pub fn key(cr3: u64) -> u64 {
     cr3 & ADDR | 1
 }
 

@@ -105,7 +105,7 @@ impl Tx<'_> {
     }
 
     pub(super) fn pop(&mut self, op: &Op) {
-        let (size, n) = Self::stack_size(&op.insn);
+        let n = Self::stack_size(&op.insn).1;
         if let Some(place) = self.in_group(0) {
             let guest = number(op.insn.op0_register());
             let to = host(guest).unwrap_or(T);
@@ -123,8 +123,14 @@ impl Tx<'_> {
         let retry = self.a.here();
         self.stack_address(0, n);
         let miss = self.probe(n as usize, false, retry, op);
+        self.pop_from(op, Mem::Sib(Some(I), Some((T, 0)), 0));
+        self.resume_miss([miss], op);
+    }
+
+    /// Loads what POP pops from its place on the host. May clobber T.
+    pub(super) fn pop_from(&mut self, op: &Op, from: Mem) {
+        let (size, n) = Self::stack_size(&op.insn);
         let guest = number(op.insn.op0_register());
-        let from = Mem::Sib(Some(I), Some((T, 0)), 0);
         match host(guest) {
             // Part of a register: what is above stays. POP SP is the interpreter's.
             Some(h) if size == Size::W => {
@@ -137,12 +143,12 @@ impl Tx<'_> {
                 self.move_stack(n);
             }
             None => {
+                self.scratch.lose_spread();
                 self.a.load(size, T, from);
                 self.a.store(Size::Q, Mem::Gs(gpr_slot(guest)), T);
                 self.move_stack(n);
             }
         }
-        self.resume_miss([miss], op);
     }
 
     pub(super) fn leave(&mut self, op: &Op) {

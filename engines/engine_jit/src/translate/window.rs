@@ -419,26 +419,10 @@ impl Tx<'_> {
     }
 
     pub(super) fn pop_in_window(&mut self, op: &Op) {
-        let (size, n) = Self::stack_size(&op.insn);
-        let guest = number(op.insn.op0_register());
         let from = self.through(Base::Gpr(4), 0, STACK);
-        match host(guest) {
-            Some(h) if size == Size::W => {
-                self.a.op_mem(Size::W, &[0x8b], h, from);
-                self.move_stack(n);
-            }
-            Some(GUEST_RSP) => self.a.load(size, GUEST_RSP, from),
-            Some(h) => {
-                self.a.load(size, h, from);
-                self.move_stack(n);
-            }
-            None => {
-                self.scratch.spread = None;
-                self.a.load(size, T, from);
-                self.a.store(Size::Q, Mem::Gs(gpr_slot(guest)), T);
-                self.move_stack(n);
-            }
-        }
+        self.pop_from(op, from);
+        let size = Self::stack_size(&op.insn).0;
+        let guest = number(op.insn.op0_register());
         self.scratch.kept = size == Size::Q && guest != 4;
     }
 }
