@@ -18,9 +18,9 @@ pub mod reg {
     pub const RBP: Reg = 5;
     pub const RSI: Reg = 6;
     pub const RDI: Reg = 7;
-    pub const R13: Reg = 13;
-    pub const R14: Reg = 14;
-    pub const R15: Reg = 15;
+    pub const R8: Reg = 8;
+    pub const R10: Reg = 10;
+    pub const R11: Reg = 11;
 }
 
 /// A memory operand.

@@ -55,6 +55,8 @@ pub struct Far {
     /// Slots whose exits are known here, and the clearing of the code cache since which they are.
     known: (usize, u64),
     strays: u32,
+    /// Invalidations of code when slots were last emptied for them.
+    epoch: u64,
     /// Linear addresses of pages with code, by guest-physical page.
     pages: HashMap<u64, u64, BuildHasherDefault<IntHasher>>,
 }
@@ -134,11 +136,16 @@ impl Far {
         }
     }
 
-    /// A target had to be found in Rust.
-    pub fn stray(&mut self) {
+    /// A target had to be found in Rust, after `epoch` invalidations of code. Only if there were any since
+    /// slots were last empty can they lead to dead blocks.
+    pub fn stray(&mut self, epoch: u64) {
+        if epoch == self.epoch {
+            return;
+        }
         self.strays += 1;
         if self.strays >= STRAYS {
             self.empty_slots();
+            self.epoch = epoch;
         }
     }
 

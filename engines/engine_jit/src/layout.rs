@@ -15,7 +15,7 @@ pub const TLB_GROUPS: usize = TLB_ENTRIES >> GROUP_SHIFT;
 pub const JUMP_ENTRIES: usize = 1 << 14;
 
 /// Entries of each second-level jump cache; a power of two.
-pub const JUMP2_ENTRIES: usize = 1 << 14;
+pub const JUMP2_ENTRIES: usize = 1 << 16;
 /// Multiplier of the second level's hash.
 pub const JUMP2_HASH: i32 = 0x5bd1_e995;
 /// Bits of the product below the index.

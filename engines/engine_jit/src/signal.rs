@@ -127,8 +127,8 @@ extern "C" fn handler(sig: libc::c_int, info: *mut libc::siginfo_t, ctx: *mut li
             let reg = |n: libc::c_int| (&(*uc).uc_mcontext.gregs)[n as usize] as u64;
             (*current.vm).fault_pc = pc;
             (*current.vm).fault = Fault {
-                t: reg(libc::REG_R14),
-                i: reg(libc::REG_R15),
+                t: reg(libc::REG_R10),
+                i: reg(libc::REG_R11),
                 flags: reg(libc::REG_EFL),
                 address: reg(libc::REG_CR2),
                 vector: reg(libc::REG_TRAPNO),

@@ -12,13 +12,27 @@ use crate::layout::{
 use crate::translate::meta;
 use std::mem::offset_of;
 
-/// Guest register held by each host register while translated code runs: RAX-R12 as they are, R13
-/// holds the guest's RSP. The guest's R13-R15 live in memory; R14 and R15 are scratch.
-pub const GUEST_RSP: u8 = reg::R13;
+/// The host register that holds the guest's RSP while translated code runs. The guest's R8, R10 and R11 live in
+/// memory, as compilers use them least; all others are where the guest has them.
+pub const GUEST_RSP: u8 = reg::R8;
 /// First scratch register: addresses, then page offsets.
-pub const T: u8 = reg::R14;
+pub const T: u8 = reg::R10;
 /// Second scratch register: TLB index, then the host page.
-pub const I: u8 = reg::R15;
+pub const I: u8 = reg::R11;
+
+/// The host register of a guest register, or `None` if it lives in memory.
+pub fn host(guest: u8) -> Option<u8> {
+    match guest {
+        reg::RSP => Some(GUEST_RSP),
+        GUEST_RSP | T | I => None,
+        _ => Some(guest),
+    }
+}
+
+/// Registers that are where the guest has them.
+fn same() -> impl Iterator<Item = u8> {
+    (0..16).filter(|&r| host(r) == Some(r))
+}
 
 /// Functions that stubs call: `(vcpu memory, address of inline data) -> where to continue, or 0`.
 pub type Helper = extern "sysv64" fn(*mut crate::layout::VcpuMem, *const u8) -> u64;
@@ -161,7 +175,7 @@ pub fn emit(a: &mut Asm, helpers: &Helpers, avx: bool) -> Stubs {
     a.store(Size::Q, Mem::Gs(off::CONT), reg::RDI);
 
     let resume = a.here();
-    for r in (0..13).filter(|&r| r != reg::RSP) {
+    for r in same() {
         a.load(Size::Q, r, Mem::Gs(gpr_slot(r)));
     }
     a.load(Size::Q, GUEST_RSP, Mem::Gs(gpr_slot(reg::RSP)));
@@ -209,7 +223,7 @@ pub fn emit(a: &mut Asm, helpers: &Helpers, avx: bool) -> Stubs {
             Entry::Call => a.op_mem(Size::D, &[0x8f], 0, Mem::Gs(off::RET_ADDR)),
             Entry::Jump => {}
         }
-        for r in (0..13).filter(|&r| r != reg::RSP) {
+        for r in same() {
             a.store(Size::Q, Mem::Gs(gpr_slot(r)), r);
         }
         a.store(Size::Q, Mem::Gs(gpr_slot(reg::RSP)), GUEST_RSP);

@@ -158,7 +158,8 @@ extern "sysv64" fn helper_jump(vm: *mut VcpuMem, _: *const u8) -> u64 {
     let r = unsafe { runner(vm) };
     r.stats.jumps += 1;
     if Context(r.vm.ctx).windows() {
-        r.vm.caches.far.stray();
+        let epoch = r.epoch();
+        r.vm.caches.far.stray(epoch);
         r.vm.settle();
     }
     let branch = std::mem::take(&mut r.vm.branch);

@@ -153,9 +153,9 @@ impl Tx<'_> {
     /// Pushes the host address at offset `lands` of this code. Clobbers I.
     pub(super) fn push_landing(&mut self, lands: usize) {
         let rel = lands as i64 - (self.a.here() as i64 + 7);
-        self.a.bytes(&[0x4c, 0x8d, 0x3d]); // lea r15, [rip + rel]
+        self.a.bytes(&[0x4c, 0x8d, 0x05 | (I & 7) << 3]); // lea I, [rip + rel]
         self.a.d32(rel as i32 as u32);
-        self.a.bytes(&[0x41, 0x57]);
+        self.a.bytes(&[0x41, 0x50 | I & 7]);
     }
 
     /// Puts T, where the guest will return to, on the stack of return addresses. Clobbers EFLAGS.

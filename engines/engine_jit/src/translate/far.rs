@@ -9,7 +9,7 @@ impl Tx<'_> {
     /// The indirect entry of a block at a page offset: T is the linear address.
     pub(super) fn enter_far(&mut self, offset: u16) {
         // One instruction of five bytes or more, which can be overwritten in one store.
-        self.a.bytes(&[0x4d, 0x8d, 0xb6]); // lea r14, [r14 - offset]
+        self.a.bytes(&[0x4d, 0x8d, 0x80 | (T & 7) << 3 | T & 7]); // lea T, [T - offset]
         self.a.d32(i32::from(offset).wrapping_neg() as u32);
         self.a.store(Size::Q, Mem::Gs(off::PC_BASE), T);
     }

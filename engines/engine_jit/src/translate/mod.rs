@@ -1,7 +1,7 @@
 //! From decoded guest instructions to host code.
 //!
-//! Register map while translated code runs: the guest's RAX-R12 live in the host registers of the same
-//! name, its RSP in R13; its R13-R15 live in memory. R14 (T) and R15 (I) are scratch. `gs` points at
+//! Register map while translated code runs: the guest's registers live in the host registers of the same
+//! name, but for its RSP in R8; its R8, R10 and R11 live in memory. R10 (T) and R11 (I) are scratch. `gs` points at
 //! [`crate::layout::VcpuMem`]; the host's RSP stays a host stack.
 //!
 //! Flags: EFLAGS holds the guest's arithmetic flags, or `VcpuMem::flags` does; which of the two is
@@ -30,7 +30,7 @@ use crate::layout::{
     TLB_ENTRIES, branch_word, gpr_slot, jumps_base, off, seg_base, seg_limit, seg_selector,
     tlb_base,
 };
-use crate::stubs::{GUEST_RSP, I, Stubs, T};
+use crate::stubs::{GUEST_RSP, I, Stubs, T, host};
 use iced_x86::{
     ConditionCode, FlowControl, Instruction, InstructionInfoFactory, InstructionInfoOptions,
     OpAccess, OpKind, Register,
@@ -235,15 +235,6 @@ pub fn translate<'a>(
         map: x.map,
         imms: x.imms,
         fars: x.fars,
-    }
-}
-
-/// The host register of a guest register, or `None` if it lives in memory.
-fn host(guest: u8) -> Option<u8> {
-    match guest {
-        4 => Some(GUEST_RSP),
-        0..=12 => Some(guest),
-        _ => None,
     }
 }
 

@@ -99,7 +99,7 @@ impl Tx<'_> {
         let miss = self.probe(8, true, retry, op);
         self.a.lea(I, Mem::Sib(Some(I), Some((T, 0)), 0));
         flags::restore_keeping_scratch(&mut self.a);
-        self.a.bytes(&[0x9c, 0x41, 0x5e]); // pushfq; pop r14
+        self.a.bytes(&[0x9c, 0x41, 0x58 | T & 7]); // pushfq; pop T
         self.a.alu_imm(Size::D, 4, T, crate::layout::ARITH as i32);
         self.a.op_mem(Size::Q, &[0x0b], T, Mem::Gs(off::RFLAGS)); // or
         self.a.store(Size::Q, at(I, 0), T);
