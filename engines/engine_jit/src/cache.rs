@@ -99,6 +99,8 @@ pub struct Cache {
     sites: Map<(u64, bool), Site>,
     /// Exits of jumps through slots, by slot; see [`crate::far`].
     pub fars: Vec<u64>,
+    /// Numbers of pages of code with windows.
+    numbers: Map<u64, u16>,
 }
 
 /// Sites that are remembered.
@@ -218,6 +220,7 @@ impl Cache {
             copies: HashSet::default(),
             sites: Map::default(),
             fars: Vec::new(),
+            numbers: Map::default(),
         }
     }
 
@@ -417,6 +420,22 @@ impl Cache {
         self.doomed = doomed;
     }
 
+    /// The number of a page of code with windows. `None`: there are no more.
+    pub fn number(&mut self, gfn: u64) -> Option<u16> {
+        let next = self.numbers.len();
+        if let Some(&n) = self.numbers.get(&gfn) {
+            return Some(n);
+        }
+        let n = u16::try_from(next).ok()?;
+        self.numbers.insert(gfn, n);
+        Some(n)
+    }
+
+    /// The number of the page of a block with windows.
+    pub fn number_of(&self, b: &Block) -> u16 {
+        self.numbers.get(&(b.phys >> 12)).copied().unwrap_or(0)
+    }
+
     /// How the accesses of an instruction go, if that was learned.
     pub fn site(&self, phys: u64, low: bool) -> Option<Site> {
         self.sites.get(&(phys, low)).copied()
@@ -441,22 +460,24 @@ impl Cache {
         let mut link = std::mem::take(&mut b.links);
         let b = *b;
         self.map.remove(hash(b.phys, b.ctx), i);
-        let lost = if Context(b.ctx).windows() {
-            self.stubs.far.leave
-        } else {
-            self.stubs.jump
-        };
         // Each entry is one instruction of five bytes or more that starts an aligned word, so one store
-        // does it while other vCPUs execute there. At the first one T has the linear address.
-        self.arena
-            .patch_word(b.indirect, &to(0xe9, b.indirect, lost));
-        let dead = if b.live_in() {
-            self.stubs.dead_flags
+        // does it while other vCPUs execute there.
+        if Context(b.ctx).windows() {
+            // Its links are all that leads elsewhere.
+            let dead = to(0xe8, b.indirect, self.stubs.dead_flags);
+            self.arena.patch_word(b.indirect, &dead);
         } else {
-            self.stubs.dead
-        };
-        for entry in [b.direct(), b.direct_fpu()] {
-            self.arena.patch_word(entry, &to(0xe8, entry, dead));
+            // At the first one T has the linear address.
+            let lost = to(0xe9, b.indirect, self.stubs.jump);
+            self.arena.patch_word(b.indirect, &lost);
+            let dead = if b.live_in() {
+                self.stubs.dead_flags
+            } else {
+                self.stubs.dead
+            };
+            for entry in [b.direct(), b.direct_fpu()] {
+                self.arena.patch_word(entry, &to(0xe8, entry, dead));
+            }
         }
         // Those that lie in dead blocks too: nobody comes there, but a vCPU that is there still.
         while link != 0 {
@@ -551,6 +572,7 @@ impl Cache {
         self.pages.clear();
         self.sites.clear();
         self.fars.clear();
+        self.numbers.clear();
         self.arena.truncate(self.stubs_end);
     }
 

@@ -3,7 +3,8 @@
 //! A direct jump or call out of its page goes through a *slot* of the vCPU's, a word that holds the host address of
 //! the target, or of the exit behind the block that looks the target up. Slots are filled by a stub from the jump
 //! cache, and emptied with it; so they need no check. That holds as long as a page of code lies at one
-//! linear address only: where a second one shows up, slots are not used until the next flush.
+//! linear address only, which is kept for each page of code that has been entered: where a second one shows up, everything is
+//! emptied.
 //!
 //! Indirect jumps look into a jump cache of their own, with an index and a comparison that leave the flags alone.
 //! So nothing needs to be saved, and there is no poll: whoever raises the attention flag clears the mask
@@ -11,14 +12,11 @@
 //! the slot's address, and find the words of a second array.
 
 use crate::asm::{Asm, Mem, Size, at, cc, reg};
-use crate::cache::IntHasher;
 use crate::flags;
 use crate::layout::{
     JUMP2_ENTRIES, JUMP2_HASH, JUMP2_SHIFT, JumpEntry, TLB_USER, VcpuMem, jumps2_base, off,
 };
 use crate::stubs::{I, SEARCH, Stubs, T};
-use std::collections::HashMap;
-use std::hash::BuildHasherDefault;
 use std::mem::offset_of;
 
 /// Slots of a virtual machine; a power of two.
@@ -34,8 +32,10 @@ pub const JUMP_MASK: u64 = (JUMPS as u64 - 1) << 2;
 const BIAS: u64 = 1 << 16;
 /// Rust had to find this many targets: slots may lead to dead blocks.
 const STRAYS: u32 = 64;
-/// Pages of code that are kept track of.
-const MAX_PAGES: usize = 1 << 16;
+/// Pages of code that a virtual machine has numbers for.
+pub const PAGES: usize = 1 << 16;
+/// Pages that showed up at a second linear address before an address space goes without windows.
+const ALIASES: u32 = 64;
 
 /// See the module's description.
 #[repr(C)]
@@ -48,8 +48,6 @@ pub struct Far {
     /// Slots that were filled since they were last empty, `filled_bytes / 4` of them.
     filled: [u32; SLOTS],
     filled_bytes: u64,
-    /// Nonzero: slots must not be filled.
-    forbidden: u64,
     jumps: [JumpEntry; JUMPS],
     jumps_filled: Vec<u16>,
     /// Slots whose exits are known here, and the clearing of the code cache since which they are.
@@ -57,8 +55,25 @@ pub struct Far {
     strays: u32,
     /// Invalidations of code when slots were last emptied for them.
     epoch: u64,
-    /// Linear addresses of pages with code, by guest-physical page.
-    pages: HashMap<u64, u64, BuildHasherDefault<IntHasher>>,
+    /// Linear addresses of pages of code by number; 0: not entered since the last flush.
+    pages: [u64; PAGES],
+    /// Those that are not 0.
+    entered: Vec<u16>,
+    /// Pages that were entered at two addresses.
+    aliases: u32,
+    /// Flushes since start.
+    pub flushes: u64,
+}
+
+/// What came of entering a page.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Entered {
+    /// Its linear address is known.
+    Known,
+    /// It lies at another address too: everything must be flushed.
+    Elsewhere,
+    /// The same, once too often.
+    TooOften,
 }
 
 fn index(pc: u64) -> usize {
@@ -79,7 +94,7 @@ impl Far {
         // SAFETY: the caller's promise; all other fields are integers, valid as zero.
         unsafe {
             (&raw mut (*this).jumps_filled).write(Vec::new());
-            (&raw mut (*this).pages).write(HashMap::default());
+            (&raw mut (*this).entered).write(Vec::new());
             (*this).jumps[0] = JumpEntry { pc: 1, host: lost };
         }
     }
@@ -91,8 +106,10 @@ impl Far {
             self.jumps[usize::from(i)] = JumpEntry { pc: 0, host: 0 };
         }
         self.jumps_filled.clear();
-        self.pages.clear();
-        self.forbidden = 0;
+        for n in self.entered.drain(..) {
+            self.pages[usize::from(n)] = 0;
+        }
+        self.flushes += 1;
     }
 
     fn empty_slots(&mut self) {
@@ -122,18 +139,28 @@ impl Far {
         (e.pc == tag(pc) && index(pc) != 0 && e.host != 0).then_some(e.host)
     }
 
-    /// A page of code lies at a linear address.
-    pub fn note_page(&mut self, gfn: u64, linear: u64) {
-        if self.pages.len() >= MAX_PAGES {
-            self.pages.clear();
-            self.forbidden = 1;
+    /// Page number `n` of code is about to be entered, at linear address `linear`, which is not 0.
+    pub fn enter_page(&mut self, n: u16, linear: u64) -> Entered {
+        let page = &mut self.pages[usize::from(n)];
+        if *page == linear {
+            return Entered::Known;
         }
-        if *self.pages.entry(gfn).or_insert(linear) != linear {
-            self.forbidden = 1;
+        if *page == 0 {
+            *page = linear;
+            self.entered.push(n);
+            return Entered::Known;
         }
-        if self.forbidden != 0 {
-            self.empty_slots();
+        self.aliases += 1;
+        if self.aliases < ALIASES {
+            return Entered::Elsewhere;
         }
+        self.aliases = 0;
+        Entered::TooOften
+    }
+
+    /// Linear address of a page of code that was entered.
+    pub fn page(&self, n: u16) -> u64 {
+        self.pages[usize::from(n)]
     }
 
     /// A target had to be found in Rust, after `epoch` invalidations of code. Only if there were any since
@@ -149,23 +176,23 @@ impl Far {
         }
     }
 
-    /// A slot was given to code whose exit is at `exit`; `polls`: the exit that polls.
-    pub fn add(&mut self, slot: usize, exit: u64, polls: u64) {
+    /// A slot was given to code whose exit is at `exit`, which polls too.
+    pub fn add(&mut self, slot: usize, exit: u64) {
         if slot < SLOTS {
             self.slots[slot] = exit;
             self.exits[slot] = exit;
-            self.polls[slot] = polls;
+            self.polls[slot] = exit;
             self.known.0 = slot + 1;
         }
     }
 
     /// The slots of all code, `exits` by number, after the cache was cleared `clears` times.
-    pub fn learn(&mut self, exits: &[u64], clears: u64, polls: u64) {
+    pub fn learn(&mut self, exits: &[u64], clears: u64) {
         if self.known.1 != clears {
             self.known = (0, clears);
         }
         for (slot, &exit) in exits.iter().enumerate().skip(self.known.0) {
-            self.add(slot, exit, polls);
+            self.add(slot, exit);
         }
     }
 }
@@ -182,6 +209,11 @@ pub fn slot(n: u32, back: bool) -> Mem {
     } else {
         Mem::Gs(at)
     }
+}
+
+/// Where the linear address of a page of code is.
+pub fn page(n: u16) -> Mem {
+    Mem::Gs(far(offset_of!(Far, pages)) + 8 * i32::from(n))
 }
 
 /// Looks T up in the jump cache and jumps (`4`) or calls (`2`). Keeps flags; clobbers I. Returns the
@@ -289,8 +321,6 @@ pub fn emit(a: &mut Asm, s: &mut Stubs) {
     fails.push(a.jcc(cc::NE));
     a.load(Size::Q, reg::RCX, Mem::GsBase(reg::RAX, second + 8));
     let word = |field: usize| Mem::Gs(far(field));
-    a.cmp_mem_imm8(Size::Q, word(offset_of!(Far, forbidden)), 0);
-    let forbidden = a.jcc(cc::NE);
     a.load(Size::Q, reg::RAX, word(offset_of!(Far, filled_bytes)));
     a.alu_imm(Size::Q, 7, reg::RAX, 4 * SLOTS as i32);
     let full = a.jcc(cc::AE);
@@ -308,7 +338,6 @@ pub fn emit(a: &mut Asm, s: &mut Stubs) {
     a.alu_imm(Size::Q, 0, reg::RAX, 4);
     a.store(Size::Q, word(offset_of!(Far, filled_bytes)), reg::RAX);
     a.bind(full);
-    a.bind(forbidden);
     a.store(Size::Q, Mem::Gs(off::CONT), reg::RCX);
     restore_flags(a);
     a.load(Size::Q, reg::RCX, Mem::Gs(off::CROSS_SPILL + 8));

@@ -42,6 +42,7 @@ impl Translator {
             &Ask {
                 site: &|_| crate::translate::Site::Window(0),
                 far: 0,
+                page: 0,
             },
         );
         assert!(code.direct <= code.direct_fpu && code.direct_fpu <= code.bytes.len());

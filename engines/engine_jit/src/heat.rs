@@ -96,12 +96,17 @@ impl Heat {
         if self.cost <= CREDIT + self.used / 4 {
             return true;
         }
+        self.refuse(cr3);
+        false
+    }
+
+    /// This address space goes without windows for a while.
+    pub fn refuse(&mut self, cr3: u64) {
         self.refused += 1;
         let cr3 = key(cr3);
         if let Some(s) = self.spaces.iter_mut().find(|s| s.cr3 == cr3) {
             s.heat = -(PAUSE << s.strikes.min(6));
             s.strikes = s.strikes.saturating_add(1);
         }
-        false
     }
 }

@@ -277,6 +277,22 @@ pub fn branch_word(offset: u16, moved: i32) -> u32 {
     u32::from(offset & 0xfff) | ((moved + BRANCH_BIAS) as u32) << 12
 }
 
+/// Set in a [`far_branch_word`] only.
+const FAR_BRANCH: u32 = 1 << 31;
+
+/// An indirect branch at page offset `offset` of page number `page` of code with windows that has added `moved`, -8, 0 or
+/// 8, to RSP.
+pub fn far_branch_word(offset: u16, moved: i32, page: u16) -> u32 {
+    let moved = ((moved / 8 + 1) as u32 & 3) << 28;
+    FAR_BRANCH | moved | u32::from(page) << 12 | u32::from(offset & 0xfff)
+}
+
+/// Page offset, move of RSP and number of the page from a [`far_branch_word`], if it is one.
+pub fn far_branch_of(word: u32) -> Option<(u32, i32, u16)> {
+    let moved = ((word >> 28 & 3) as i32 - 1) * 8;
+    (word & FAR_BRANCH != 0).then_some((word & 0xfff, moved, (word >> 12) as u16))
+}
+
 /// Page offset and move of RSP from a [`branch_word`].
 pub fn branch_of(word: u32) -> (u32, i32) {
     (word & 0xfff, (word >> 12) as i32 - BRANCH_BIAS)

@@ -7,11 +7,13 @@ mod windows;
 use crate::block::{Block, Translation};
 use crate::context::Context;
 use crate::env::{JitEnv, Written};
+use crate::far::Entered;
 use crate::frontend;
 use crate::layout::VcpuMem;
 use crate::recent::Recent;
 use crate::stats::Stats;
 use crate::translate::{Ask, meta, translate};
+use crate::window::Windows;
 use crate::world::{PAGE_CODE, PAGE_WRITTEN, VcpuBox, World};
 use crate::{cache, perf, signal};
 use std::sync::atomic::Ordering;
@@ -359,6 +361,20 @@ impl<'a> Runner<'a> {
                 }
                 Err(()) => return 0,
             };
+            let clears = self.world.clears.load(Ordering::Acquire);
+            if ctx.windows() {
+                if pc < 4096 {
+                    // 0 says that a page was not entered.
+                    self.step_noted();
+                    continue;
+                }
+                match self.enter_page(phys, pc) {
+                    Some(true) => {}
+                    // It lies elsewhere too: all else about code was forgotten.
+                    Some(false) => continue,
+                    None => return 0,
+                }
+            }
             let entry = match self.block(phys, None, ctx, |b| b.indirect) {
                 Ok(entry) => entry,
                 Err(NoBlock::Leave) => return 0,
@@ -371,13 +387,43 @@ impl<'a> Runner<'a> {
                     Err(()) => return 0,
                 },
             };
-            self.vm.caches.fill_jump(ctx, pc, entry);
-            if ctx.windows() {
-                self.vm.caches.far.note_page(phys >> 12, pc >> 12);
+            if clears != self.world.clears.load(Ordering::Acquire) {
+                // Pages may have other numbers.
+                continue;
             }
+            self.vm.caches.fill_jump(ctx, pc, entry);
             self.vm.t = pc;
             return self.go(entry);
         }
+    }
+
+    /// Code with windows at `pc` is about to be entered, in the page of `phys`: emitted code has to know where that page
+    /// lies. `Some(false)`: the jump caches were flushed, as it lies elsewhere too. `None`: guest code must be left.
+    fn enter_page(&mut self, phys: u64, pc: u64) -> Option<bool> {
+        let world = self.world;
+        let Some(mut cache) = world.cache(self.me) else {
+            self.exit = Some(Exit::Interrupted);
+            return None;
+        };
+        let number = match cache.number(phys >> 12) {
+            Some(n) => n,
+            None => {
+                self.clear(&mut cache);
+                cache.number(phys >> 12)?
+            }
+        };
+        drop(cache);
+        let caches = &mut self.vm.caches;
+        let entered = caches.far.enter_page(number, pc & !0xfff);
+        if entered == Entered::Known {
+            return Some(true);
+        }
+        caches.flush_code();
+        if entered == Entered::TooOften && !Windows::always() {
+            caches.heat.refuse(self.vm.cpu.cr3);
+            caches.windows.release();
+        }
+        Some(false)
     }
 
     /// The whole page of `pc` lies within CS, so that jumps within it need no check.
@@ -401,9 +447,6 @@ impl<'a> Runner<'a> {
         };
         // A flush of either page must drop the jump.
         self.vm.caches.note_jump_page(next);
-        if ctx.windows() {
-            self.vm.caches.far.note_page(second >> 12, next >> 12);
-        }
         match self.block(phys, Some(second), ctx, |b| b.indirect) {
             Ok(entry) => Ok(Some(entry)),
             Err(NoBlock::NeedsSecond) => Ok(None),
@@ -519,12 +562,17 @@ impl<'a> Runner<'a> {
                 _ => {}
             }
         }
-        if cache.arena.left() < 1 << 20 {
+        if cache.arena.left() < 1 << 20 || ctx.windows() && cache.number(phys >> 12).is_none() {
             self.clear(cache);
         }
+        let number = if ctx.windows() {
+            cache.number(phys >> 12).unwrap_or(0)
+        } else {
+            0
+        };
         let mut pages = std::mem::take(&mut cache.pages_read);
         pages.resize(4096 + 64, 0);
-        let made = self.translate_at(cache, phys, second, ctx, &mut pages);
+        let made = self.translate_at(cache, phys, second, ctx, number, &mut pages);
         let made = made.map(|new| f(cache.insert(&new, &pages[..4096], &pages[4096..])));
         cache.pages_read = pages;
         made
@@ -537,6 +585,7 @@ impl<'a> Runner<'a> {
         phys: u64,
         second: Option<u64>,
         ctx: Context,
+        number: u16,
         pages: &mut [u8],
     ) -> Result<Translation, NoBlock> {
         let (gfn, start) = (phys >> 12, (phys & 0xfff) as usize);
@@ -580,6 +629,7 @@ impl<'a> Runner<'a> {
             let ask = Ask {
                 site: &site,
                 far: cache.fars.len() as u32,
+                page: number,
             };
             let (stubs, bmi2) = (&self.world.stubs, self.world.bmi2);
             let code = translate(&decoded, ctx, stubs, base, bmi2, &ask);
@@ -594,7 +644,7 @@ impl<'a> Runner<'a> {
                 if let Some(known) = cache.fars.get_mut(slot as usize) {
                     *known = exit;
                 }
-                self.vm.caches.far.add(slot as usize, exit, stubs.far.leave);
+                self.vm.caches.far.add(slot as usize, exit);
             }
             let block = Translation {
                 phys,
@@ -680,7 +730,7 @@ impl<'a> Runner<'a> {
         let (rip, ctx) = (self.vm.cpu.rip, self.vm.ctx);
         let next = rip.wrapping_add(u64::from(word >> meta::LEN_SHIFT & 15));
         let epoch = self.epoch();
-        let flushes = self.vm.caches.jump_flushes;
+        let flushes = (self.vm.caches.jump_flushes, self.vm.caches.far.flushes);
         match self.step_at(bytes) {
             Stepped::Retired => {}
             Stepped::Redirected => return self.dispatch(),
@@ -698,7 +748,7 @@ impl<'a> Runner<'a> {
             && self.interrupted().is_none()
             && epoch == self.epoch()
             // The page that the block lies in must be noted again, or a flush of it would be missed.
-            && flushes == self.vm.caches.jump_flushes;
+            && flushes == (self.vm.caches.jump_flushes, self.vm.caches.far.flushes);
         if !stay {
             return self.dispatch();
         }

@@ -4,7 +4,7 @@
 //! where translated code goes on, or 0 to come back to [`Runner::run`].
 
 use super::*;
-use crate::layout::{branch_of, jump_index};
+use crate::layout::{branch_of, far_branch_of, jump_index};
 use crate::miss;
 use crate::stubs::Helpers;
 use crate::translate::link;
@@ -49,17 +49,41 @@ unsafe fn relative(p: *const u8) -> u64 {
     (p as u64).wrapping_add(i64::from(d) as u64)
 }
 
+impl Runner<'_> {
+    /// The code that called a helper is in code with windows: its page is the one whose number is at `p`. False
+    /// if it is not, and there is no such word.
+    ///
+    /// # Safety
+    /// Called from a helper; in code with windows `p` points at inline data.
+    unsafe fn in_page(&mut self, p: *const u8) -> bool {
+        let windows = Context(self.vm.ctx).windows();
+        if windows {
+            // SAFETY: the caller's promise.
+            let n = unsafe { word(p) };
+            self.vm.pc_base = self.vm.caches.far.page(n as u16);
+        }
+        windows
+    }
+}
+
 extern "sysv64" fn helper_interpret(vm: *mut VcpuMem, ret: *const u8) -> u64 {
     // SAFETY: called by the stub with its contract.
     unsafe {
         let bytes = std::slice::from_raw_parts(ret.add(4), usize::from(*ret.add(19)).min(15));
-        runner(vm).interpret(word(ret), bytes, ret as u64 + 20)
+        let data = if runner(vm).in_page(ret.add(20)) {
+            24
+        } else {
+            20
+        };
+        runner(vm).interpret(word(ret), bytes, ret as u64 + data)
     }
 }
 
 extern "sysv64" fn helper_memory(vm: *mut VcpuMem, ret: *const u8) -> u64 {
     // SAFETY: called by the stub with its contract.
     let (r, w) = unsafe { (runner(vm), word(ret.sub(miss::META))) };
+    // SAFETY: as above.
+    unsafe { r.in_page(ret.sub(miss::META + 4)) };
     // SAFETY: as above. A group has its span there, and never gets that far.
     let resume = unsafe { relative(ret.sub(miss::SECOND)) };
     let epoch = r.epoch();
@@ -104,6 +128,8 @@ extern "sysv64" fn helper_link(vm: *mut VcpuMem, ret: *const u8) -> u64 {
     // SAFETY: as above.
     let low = unsafe { ret.add(4).cast::<u16>().read_unaligned() };
     let distance = u64::from(w >> link::DISTANCE_SHIFT << 16 | u32::from(low));
+    // SAFETY: as above.
+    unsafe { r.in_page(ret.add(6)) };
     // Where the displacement is, and where it leads now: to the call.
     let (site, exit) = (ret as u64 - distance, ret as u64 - 5);
     r.stats.links += 1;
@@ -168,7 +194,13 @@ extern "sysv64" fn helper_jump(vm: *mut VcpuMem, _: *const u8) -> u64 {
         && !paging::canonical(&r.vm.cpu, r.vm.t)
     {
         // The branch itself is #GP: undone and left to the interpreter.
-        let (offset, moved) = branch_of(branch);
+        let (offset, moved) = match far_branch_of(branch) {
+            Some((offset, moved, page)) => {
+                r.vm.pc_base = r.vm.caches.far.page(page);
+                (offset, moved)
+            }
+            None => branch_of(branch),
+        };
         let rsp = &mut r.vm.cpu.gpr[x86emu::state::gpr::RSP];
         *rsp = rsp.wrapping_sub(i64::from(moved) as u64);
         r.sync(offset);
@@ -188,16 +220,32 @@ extern "sysv64" fn helper_jump(vm: *mut VcpuMem, _: *const u8) -> u64 {
 extern "sysv64" fn helper_poll(vm: *mut VcpuMem, ret: *const u8) -> u64 {
     // SAFETY: called by the stub with its contract.
     let (r, w) = unsafe { (runner(vm), word(ret)) };
+    // SAFETY: as above.
+    unsafe { r.in_page(ret.add(4)) };
     r.sync(w & 0xfff);
     r.dispatch()
 }
 
 extern "sysv64" fn helper_dead(vm: *mut VcpuMem, ret: *const u8) -> u64 {
     // SAFETY: called by the stub with its contract. The entry was an instruction of eight bytes, of which
-    // the call took five.
-    let (r, offset) = unsafe { (runner(vm), ret.cast::<u16>().read_unaligned()) };
-    r.sync(u32::from(offset));
-    r.dispatch()
+    // the call took five; with windows of nine.
+    unsafe {
+        let r = runner(vm);
+        let mut offset = u32::from(ret.cast::<u16>().read_unaligned());
+        if Context(r.vm.ctx).windows() {
+            let place = word(ret);
+            offset = place & 0xfff;
+            r.vm.pc_base = r.vm.caches.far.page((place >> 12) as u16);
+            r.sync(offset);
+            // What led here, a slot or a jump cache, leads here still.
+            let epoch = r.epoch();
+            r.vm.caches.far.stray(epoch);
+            r.vm.settle();
+            return r.find();
+        }
+        r.sync(offset);
+        r.dispatch()
+    }
 }
 
 extern "sysv64" fn helper_wrote(vm: *mut VcpuMem, ret: *const u8) -> u64 {

@@ -3,7 +3,7 @@
 use super::*;
 use crate::frontend::Op;
 use crate::translate::{BORROWED, HOST_FLAGS, OFFSET, Site};
-use crate::window::{self, Memory, Refusal, Windows};
+use crate::window::{self, Memory, Refusal};
 use iced_x86::Register;
 use x86emu::env::RamRange;
 use x86emu::state::{CpuState, gpr};
@@ -183,8 +183,11 @@ impl Runner<'_> {
             }
             if let Some(cache) = cache {
                 break cache.index_at(pc).and_then(|n| {
-                    let page = cache.get(n)?.phys & !0xfff;
-                    Some((n, page, cache.instruction_at(pc)?))
+                    let b = cache.get(n)?;
+                    if Context(b.ctx).windows() {
+                        self.vm.pc_base = self.vm.caches.far.page(cache.number_of(b));
+                    }
+                    Some((n, b.phys & !0xfff, cache.instruction_at(pc)?))
                 });
             }
         };
@@ -229,7 +232,7 @@ impl Runner<'_> {
             return false;
         };
         let far = &mut self.vm.caches.far;
-        far.learn(&cache.fars, clears, self.world.stubs.far.leave);
+        far.learn(&cache.fars, clears);
         true
     }
 

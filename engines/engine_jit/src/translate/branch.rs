@@ -104,9 +104,19 @@ impl Tx<'_> {
         }
     }
 
+    /// Where the linear address of the page is.
+    pub(super) fn page_base(&self) -> Mem {
+        if self.ctx.windows() {
+            crate::far::page(self.ask.page)
+        } else {
+            Mem::Gs(off::PC_BASE)
+        }
+    }
+
     /// Linear address of a page offset into `dst`. Keeps flags.
     pub(super) fn load_linear(&mut self, dst: u8, offset: i64) {
-        self.a.load(Size::Q, dst, Mem::Gs(off::PC_BASE));
+        let base = self.page_base();
+        self.a.load(Size::Q, dst, base);
         if self.long() {
             self.a.lea(dst, at(dst, offset as i32));
         } else {
@@ -332,7 +342,11 @@ impl Tx<'_> {
 
     /// The end of the return at page offset `offset` that has added `moved` to RSP; T is its target.
     pub(super) fn leave_block(&mut self, offset: u16, moved: i32) {
-        let branch = branch_word(offset, moved);
+        let branch = if self.ctx.windows() {
+            crate::layout::far_branch_word(offset, moved, self.ask.page)
+        } else {
+            branch_word(offset, moved)
+        };
         if self.ctx.pairs_calls() {
             self.a.mov_imm(I, u64::from(branch));
             self.a.bytes(&[0xc3]);
@@ -342,6 +356,10 @@ impl Tx<'_> {
     }
 
     pub(super) fn ret(&mut self, op: &Op, release: u16) {
+        if self.ctx.windows() && release != 0 {
+            // Its branch word says no more than that it is a return.
+            return self.interpret(op);
+        }
         let (size, n) = self.branch_size();
         if self.window(op).is_none() {
             self.save_flags(op.live_before);

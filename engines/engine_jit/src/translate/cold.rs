@@ -46,8 +46,8 @@ pub(super) enum Cold {
         flags: Flags,
         resume: usize,
     },
-    /// A jump through a slot: its number.
-    Far { slot: u32 },
+    /// A jump through a slot: its number, page offset of the target.
+    Far { slot: u32, target: i64 },
     /// An indirect branch whose target is not in the jump cache: jump to bind, its branch word, where the
     /// return of a call lands.
     LostFar {
@@ -129,6 +129,7 @@ impl Tx<'_> {
 
     /// The call of a stub of [`crate::miss`], with its words before it.
     fn call_miss(&mut self, jump: usize, words: [u32; 2], stub: u64) {
+        self.page_word();
         for word in words {
             self.a.d32(word);
         }
@@ -153,7 +154,8 @@ impl Tx<'_> {
             Bounce::Write if !self.block.copies => meta::AGAIN,
             Bounce::Read | Bounce::Write => meta::BOUNCE,
         };
-        let distance = resume as i64 - (self.a.here() as i64 + 4);
+        let before = if self.ctx.windows() { 8 } else { 4 };
+        let distance = resume as i64 - (self.a.here() as i64 + before);
         self.call_miss(m.jump, [meta, distance as i32 as u32], stub);
         let block = self.block;
         match m.bounce {
@@ -186,6 +188,7 @@ impl Tx<'_> {
             } else {
                 0
             };
+            self.note_page();
             self.a.mov_imm(I, (meta | host).into());
             self.a.call_to(self.stubs.commit);
         }
@@ -224,6 +227,7 @@ impl Tx<'_> {
         let distance = (self.a.here() - site) as u32;
         self.a.d32(word | distance >> 16 << link::DISTANCE_SHIFT);
         self.a.bytes(&(distance as u16).to_le_bytes());
+        self.page_word();
     }
 
     pub(super) fn emit_one(&mut self, c: Cold) {
@@ -283,6 +287,7 @@ impl Tx<'_> {
                     (true, true) => self.stubs.poll_flags_rcx,
                 });
                 self.a.d32(u32::from(target));
+                self.page_word();
             }
             Cold::Lost {
                 jumps,
@@ -309,8 +314,9 @@ impl Tx<'_> {
                     self.a.jmp_to(self.stubs.level2_branch[self.ctx.tlb()]);
                 }
             }
-            Cold::Far { slot } => {
+            Cold::Far { slot, target } => {
                 self.fars.push((slot, self.a.here()));
+                self.load_linear(T, target);
                 self.a.mov_imm(I, u64::from(slot) * 8);
                 self.a.jmp_to(self.stubs.far.unfilled);
             }

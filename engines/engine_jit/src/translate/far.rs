@@ -3,15 +3,35 @@
 
 use super::*;
 use crate::far;
+use crate::layout::far_branch_word;
 use crate::shadow;
 
 impl Tx<'_> {
-    /// The indirect entry of a block at a page offset: T is the linear address.
+    /// The entry of a block at a page offset: a NOP, of which the first half can be overwritten by a call in one store.
+    /// The other half says where this is ([`place_word`]).
     pub(super) fn enter_far(&mut self, offset: u16) {
-        // One instruction of five bytes or more, which can be overwritten in one store.
-        self.a.bytes(&[0x4d, 0x8d, 0x80 | (T & 7) << 3 | T & 7]); // lea T, [T - offset]
-        self.a.d32(i32::from(offset).wrapping_neg() as u32);
-        self.a.store(Size::Q, Mem::Gs(off::PC_BASE), T);
+        self.a.bytes(&[0x66, 0x0f, 0x1f, 0x84, 0x00]);
+        self.a.d32(place_word(self.ask.page, offset));
+    }
+
+    /// Notes which page this is for the stub that is called, in code with windows. Clobbers I; keeps flags.
+    pub(super) fn note_page(&mut self) {
+        if self.ctx.windows() {
+            self.a.load(Size::Q, I, far::page(self.ask.page));
+            self.a.store(Size::Q, Mem::Gs(off::PC_BASE), I);
+        }
+    }
+
+    /// Inline data that tells the same.
+    pub(super) fn page_word(&mut self) {
+        if self.ctx.windows() {
+            self.a.d32(self.ask.page.into());
+        }
+    }
+
+    /// The branch word of an indirect branch that moves RSP by -8, 0 or 8.
+    fn far_word(&self, op: &Op, moved: i32) -> u32 {
+        far_branch_word(op.off, moved, self.ask.page)
     }
 
     /// Brings live flags to EFLAGS, whatever T and I hold.
@@ -19,11 +39,14 @@ impl Tx<'_> {
         self.restore_flags(live, true);
     }
 
-    /// Goes to the linear address in T, `target` of this page, through a slot: jumps (`4`) or calls (`2`).
-    fn through_slot(&mut self, how: u8, backwards: bool) -> Option<()> {
+    /// Goes to page offset `target` of this page through a slot: jumps (`4`) or calls (`2`). Where that leads has to
+    /// look it up if there are no slots left.
+    fn through_slot(&mut self, how: u8, target: i64, backwards: bool) {
         let slot = self.ask.far + self.fars_used;
         if slot as usize >= far::SLOTS {
-            return None;
+            self.load_linear(T, target);
+            self.look_up(how, 0);
+            return;
         }
         self.fars_used += 1;
         if backwards {
@@ -31,8 +54,7 @@ impl Tx<'_> {
         }
         self.a
             .op_mem(Size::D, &[0xff], how, far::slot(slot, backwards));
-        self.cold.push(Cold::Far { slot });
-        Some(())
+        self.cold.push(Cold::Far { slot, target });
     }
 
     /// Looks T up in the jump cache and jumps (`4`) or calls (`2`); where a call's return lands.
@@ -51,10 +73,7 @@ impl Tx<'_> {
     pub(super) fn jump_far(&mut self, target: i64, live: u32, backwards: bool) {
         self.settle_flags(live);
         self.scratch.forget();
-        self.load_linear(T, target);
-        if self.through_slot(4, backwards).is_none() {
-            self.look_up(4, 0);
-        }
+        self.through_slot(4, target, backwards);
     }
 
     pub(super) fn jump_indirect_far(&mut self, op: &Op) {
@@ -65,7 +84,7 @@ impl Tx<'_> {
         self.load_target(op, &mut misses);
         self.settle_flags(op.live_before);
         self.scratch.forget();
-        self.look_up(4, branch_word(op.off, 0));
+        self.look_up(4, self.far_word(op, 0));
         self.resume_miss(misses, op);
     }
 
@@ -122,10 +141,7 @@ impl Tx<'_> {
                 apart: 0,
             });
         } else {
-            self.load_linear(T, target);
-            if self.through_slot(2, backwards).is_none() {
-                self.look_up(2, 0);
-            }
+            self.through_slot(2, target, backwards);
         }
         self.landing_far(op);
         self.resume_miss(misses, op);
@@ -141,7 +157,7 @@ impl Tx<'_> {
         self.scratch.forget();
         self.push_return_far(op, None, &mut misses);
         self.a.load(Size::Q, T, Mem::Gs(off::SPILL + 16));
-        self.look_up(2, branch_word(op.off, -8));
+        self.look_up(2, self.far_word(op, -8));
         self.landing_far(op);
         self.resume_miss(misses, op);
     }
@@ -174,4 +190,9 @@ impl Tx<'_> {
             target: next as u16,
         });
     }
+}
+
+/// Page offset and number of the page in a word.
+fn place_word(page: u16, offset: u16) -> u32 {
+    u32::from(page) << 12 | u32::from(offset & 0xfff)
 }

@@ -38,7 +38,8 @@ impl Tx<'_> {
         if b == Register::RIP {
             // iced gives the target relative to the page, as it decoded with IP = page offset.
             let disp = insn.memory_displacement64() as i64 as i32;
-            self.a.load(Size::Q, dst, Mem::Gs(off::PC_BASE));
+            let base = self.page_base();
+            self.a.load(Size::Q, dst, base);
             self.a.lea(dst, at(dst, disp));
             return true;
         }

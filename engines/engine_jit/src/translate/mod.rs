@@ -63,6 +63,8 @@ pub struct Ask<'a> {
     pub site: &'a dyn Fn(&Op) -> Site,
     /// The first slot that is free; see [`crate::far`].
     pub far: u32,
+    /// The number of the page of code.
+    pub page: u16,
 }
 
 /// Bits of the inline data word behind a call of the `memory` and `interpret` stubs.
@@ -184,7 +186,7 @@ pub fn translate<'a>(
         held: [None; 2],
         held_before: [None; 2],
     };
-    // Indirect entry: T is the linear address, the flags are in memory.
+    // Indirect entry: T is the linear address, the flags are in memory. With windows there is only one entry.
     if ctx.windows() {
         let off = block.ops.first().map_or(0, |o| o.off);
         x.enter_far(off);
@@ -195,10 +197,10 @@ pub fn translate<'a>(
     if block.live_in != 0 && !ctx.windows() {
         flags::restore(&mut x.a);
     }
-    let direct = x.entry();
+    let direct = if ctx.windows() { x.a.here() } else { x.entry() };
     let direct_fpu = if block.fpu {
         x.check_fpu();
-        x.entry()
+        if ctx.windows() { x.a.here() } else { x.entry() }
     } else {
         direct
     };

@@ -15,6 +15,7 @@ impl Tx<'_> {
             .map_or(([0; 15], 0), |o| (o.bytes, o.insn.len() as u8));
         self.a.bytes(&bytes);
         self.a.bytes(&[len]);
+        self.page_word();
     }
 
     /// Calls the interpreter for one instruction.

@@ -237,7 +237,8 @@ impl Tx<'_> {
                 T
             }
             Base::Code => {
-                self.a.load(Size::Q, T, Mem::Gs(off::PC_BASE));
+                let base = self.page_base();
+                self.a.load(Size::Q, T, base);
                 T
             }
         };
