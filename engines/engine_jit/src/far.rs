@@ -13,9 +13,7 @@
 
 use crate::asm::{Asm, Mem, Size, at, cc, reg};
 use crate::flags;
-use crate::layout::{
-    JUMP2_ENTRIES, JUMP2_HASH, JUMP2_SHIFT, JumpEntry, TLB_USER, VcpuMem, jumps2_base, off,
-};
+use crate::layout::{JUMP2_ENTRIES, JUMP2_HASH, JUMP2_SHIFT, TLB_USER, VcpuMem, jumps2_base, off};
 use crate::stubs::{I, SEARCH, Stubs, T};
 use std::mem::offset_of;
 
@@ -48,7 +46,9 @@ pub struct Far {
     /// Slots that were filled since they were last empty, `filled_bytes / 4` of them.
     filled: [u32; SLOTS],
     filled_bytes: u64,
-    jumps: [JumpEntry; JUMPS],
+    /// The jump cache: what [`tag`] makes of addresses, and the code for them.
+    tags: [u64; JUMPS],
+    hosts: [u64; JUMPS],
     jumps_filled: Vec<u16>,
     /// Slots whose exits are known here, and the clearing of the code cache since which they are.
     known: (usize, u64),
@@ -95,7 +95,8 @@ impl Far {
         unsafe {
             (&raw mut (*this).jumps_filled).write(Vec::new());
             (&raw mut (*this).entered).write(Vec::new());
-            (*this).jumps[0] = JumpEntry { pc: 1, host: lost };
+            (*this).tags[0] = 1;
+            (*this).hosts[0] = lost;
         }
     }
 
@@ -103,7 +104,8 @@ impl Far {
     pub fn flush(&mut self) {
         self.empty_slots();
         for &i in &self.jumps_filled {
-            self.jumps[usize::from(i)] = JumpEntry { pc: 0, host: 0 };
+            self.tags[usize::from(i)] = 0;
+            self.hosts[usize::from(i)] = 0;
         }
         self.jumps_filled.clear();
         for n in self.entered.drain(..) {
@@ -126,17 +128,18 @@ impl Far {
     pub fn fill(&mut self, pc: u64, host: u64) {
         let i = index(pc);
         if i != 0 {
-            if self.jumps[i].host == 0 {
+            if self.hosts[i] == 0 {
                 self.jumps_filled.push(i as u16);
             }
-            self.jumps[i] = JumpEntry { pc: tag(pc), host };
+            self.tags[i] = tag(pc);
+            self.hosts[i] = host;
         }
     }
 
     /// The code for a linear address, if it is known.
     pub fn jump(&self, pc: u64) -> Option<u64> {
-        let e = &self.jumps[index(pc)];
-        (e.pc == tag(pc) && index(pc) != 0 && e.host != 0).then_some(e.host)
+        let (i, host) = (index(pc), self.hosts[index(pc)]);
+        (self.tags[i] == tag(pc) && i != 0 && host != 0).then_some(host)
     }
 
     /// Page number `n` of code is about to be entered, at linear address `linear`, which is not 0.
@@ -216,26 +219,28 @@ pub fn page(n: u16) -> Mem {
     Mem::Gs(far(offset_of!(Far, pages)) + 8 * i32::from(n))
 }
 
+/// Where RCX is kept over comparisons: in the red zone of the host's stack, as processors rename such memory, so
+/// that nothing waits for RCX.
+pub const RCX: Mem = Mem::Sib(Some(reg::RSP), None, -16);
+/// The same after a pop.
+pub const RCX_POPPED: Mem = Mem::Sib(Some(reg::RSP), None, -24);
+
 /// Looks T up in the jump cache and jumps (`4`) or calls (`2`). Keeps flags; clobbers I. Returns the
-/// jump that is taken if it is not there.
+/// jump that is taken if it is not there, with RCX in [`RCX`].
 pub fn jump(a: &mut Asm, how: u8) -> usize {
-    let entry = |field: usize| Mem::GsIndex(I, far(offset_of!(Far, jumps) + field));
-    // In the red zone of the host's stack: processors rename such memory, so that nothing waits for RCX.
-    let rcx = at(reg::RSP, -16);
+    let word = |field: usize| Mem::GsIndex(I, far(field));
     a.pext(I, T, off::JUMP_MASK);
-    a.lea(I, Mem::Sib(Some(I), Some((I, 0)), 0));
-    a.store(Size::Q, rcx, reg::RCX);
-    a.load(Size::Q, reg::RCX, entry(0));
+    a.store(Size::Q, RCX, reg::RCX);
+    a.load(Size::Q, reg::RCX, word(offset_of!(Far, tags)));
     a.lea(
         reg::RCX,
         Mem::Sib(Some(reg::RCX), Some((T, 0)), BIAS as i32),
     );
     let hit = a.jrcxz();
-    a.load(Size::Q, reg::RCX, rcx);
     let miss = a.jmp();
     a.bind8(hit);
-    a.load(Size::Q, reg::RCX, rcx);
-    a.op_mem(Size::D, &[0xff], how, entry(8));
+    a.load(Size::Q, reg::RCX, RCX);
+    a.op_mem(Size::D, &[0xff], how, word(offset_of!(Far, hosts)));
     miss
 }
 
@@ -291,14 +296,15 @@ pub fn emit(a: &mut Asm, s: &mut Stubs) {
     a.mov(I, T);
     a.alu_imm(Size::D, 4, I, JUMP_MASK as i32);
     let first = a.jcc(cc::E);
-    let jumps = far(offset_of!(Far, jumps));
+    // The index is what stands above the mask's lowest bits.
+    let word = |field: usize| Mem::GsBase(I, far(field));
     a.op_reg(Size::D, &[0xc1], 4, I); // shl
-    a.bytes(&[2]);
-    a.store(Size::Q, Mem::GsBase(I, jumps + 8), reg::RAX);
+    a.bytes(&[1]);
+    a.store(Size::Q, word(offset_of!(Far, hosts)), reg::RAX);
     a.mov(reg::RAX, T);
     a.op_reg(Size::Q, &[0xf7], 3, reg::RAX); // neg
     a.alu_imm(Size::Q, 5, reg::RAX, BIAS as i32);
-    a.store(Size::Q, Mem::GsBase(I, jumps), reg::RAX);
+    a.store(Size::Q, word(offset_of!(Far, tags)), reg::RAX);
     a.bind(first);
     a.store_imm(Size::D, Mem::Gs(off::BRANCH), 0);
     restore_flags(a);
@@ -351,6 +357,7 @@ pub fn emit(a: &mut Asm, s: &mut Stubs) {
 
     // A return that has landed elsewhere than it goes to: T, its branch word in I.
     s.far.astray = a.pc();
+    a.load(Size::Q, reg::RCX, RCX_POPPED);
     save_flags(a);
     a.op_reg(Size::Q, &[0xf7], 2, T); // not
     let mut found = Vec::new();

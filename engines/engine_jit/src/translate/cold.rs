@@ -326,6 +326,7 @@ impl Tx<'_> {
                 lands,
             } => {
                 self.a.bind(jump);
+                self.a.load(Size::Q, reg::RCX, crate::far::RCX);
                 if let Some(lands) = lands {
                     self.push_landing(lands);
                 }

@@ -97,11 +97,16 @@ impl Tx<'_> {
         misses: &mut Vec<PendingMiss>,
     ) {
         let next = i64::from(op.off) + op.insn.len() as i64;
+        // Faults if there is no room.
+        self.a.load(Size::D, T, at(reg::RSP, -shadow::PROBE));
+        self.scratch.lose_spread();
         if self.window(op).is_some() {
             let to = self.through(window::Base::Gpr(4), -8, window::STACK);
             self.load_linear(T, next);
             self.a.store(Size::Q, to, T);
-            self.a.mov(I, T);
+            if poll.is_some() {
+                self.a.mov(I, T);
+            }
         } else {
             self.save_flags(op.live_before);
             let retry = self.a.here();
@@ -110,17 +115,17 @@ impl Tx<'_> {
             self.a.lea(T, Mem::Sib(Some(I), Some((T, 0)), 0));
             self.load_linear(I, next);
             self.a.store(Size::Q, at(T, 0), I);
+            self.a.mov(T, I);
         }
         self.settle_flags(op.live_before);
         self.scratch.forget();
         self.move_stack(-8);
         if let Some((target, live)) = poll {
             self.poll(target, live);
+            self.a.mov(T, I);
         }
-        // Faults if there is no room.
-        self.a.load(Size::D, T, at(reg::RSP, -shadow::PROBE));
-        self.a.op_reg(Size::Q, &[0xf7], 2, I); // not
-        self.a.bytes(&[0x41, 0x50 | I & 7]); // push
+        self.a.op_reg(Size::Q, &[0xf7], 2, T); // not
+        self.push_t();
     }
 
     pub(super) fn call_far(&mut self, op: &Op, target: i64) {
@@ -171,18 +176,14 @@ impl Tx<'_> {
             self.a.jmp_to(self.stubs.far.lost);
             return;
         }
-        let rcx = at(reg::RSP, -16);
-        self.a.store(Size::Q, rcx, reg::RCX);
-        self.a.load(Size::Q, reg::RCX, at(reg::RSP, 0));
+        self.a.store(Size::Q, far::RCX, reg::RCX);
+        self.a.bytes(&[0x59]); // pop rcx
         self.a
             .lea(reg::RCX, Mem::Sib(Some(reg::RCX), Some((T, 0)), 1));
         let same = self.a.jrcxz();
-        self.a.load(Size::Q, reg::RCX, rcx);
-        self.a.lea(reg::RSP, at(reg::RSP, 8));
         self.a.jmp_to(self.stubs.far.astray);
         self.a.bind8(same);
-        self.a.load(Size::Q, reg::RCX, rcx);
-        self.a.lea(reg::RSP, at(reg::RSP, 8));
+        self.a.load(Size::Q, reg::RCX, far::RCX_POPPED);
         self.a.align_link(1);
         let site = self.a.jmp();
         self.cold.push(Cold::Land {
