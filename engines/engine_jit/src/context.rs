@@ -112,6 +112,8 @@ const APART: u32 = 0x7f << 24;
 const WINDOWS: u32 = 1 << 19;
 /// It uses the low one too.
 const LOW: u32 = 1 << 20;
+/// Its stacks lie elsewhere than in the high one.
+const ODD_STACK: u32 = 1 << 21;
 
 fn flat(s: &Segment) -> bool {
     // Present, base 0, 4 GiB, and for data: expand-up and writable or readable code.
@@ -329,13 +331,18 @@ impl Context {
             && cpu.cr4 & other == 0
             && cpu.efer & efer::NX != 0
     }
-    /// The context with windows; `low`: of both kinds.
-    pub fn with_windows(self, low: bool) -> Context {
-        Context(self.0 | WINDOWS | if low { LOW } else { 0 })
+    /// The context with windows; `low`: of both kinds; `odd_stack`: RSP may be anything.
+    pub fn with_windows(self, low: bool, odd_stack: bool) -> Context {
+        let flag = |set: bool, bit: u32| if set { bit } else { 0 };
+        Context(self.0 | WINDOWS | flag(low, LOW) | flag(odd_stack, ODD_STACK))
     }
     /// The context without windows.
     pub fn without_windows(self) -> Context {
-        Context(self.0 & !(WINDOWS | LOW))
+        Context(self.0 & !(WINDOWS | LOW | ODD_STACK))
+    }
+    /// With windows: RSP is in the high one, or near, wherever a block starts.
+    pub fn stack_in_window(self) -> bool {
+        self.0 & (WINDOWS | ODD_STACK) == WINDOWS
     }
     /// Accesses go through windows.
     pub fn windows(self) -> bool {

@@ -244,6 +244,8 @@ pub struct Windows {
     stale: bool,
     /// Something is mapped below 512 GiB.
     pub low: bool,
+    /// RSP was seen outside the high window.
+    odd_stack: bool,
     forbidden: bool,
     unusable: bool,
     tables: Vec<Table>,
@@ -381,12 +383,19 @@ impl Windows {
         }
         self.owner = key(cr3);
         self.stale = true;
+        self.odd_stack = false;
         true
     }
 
     /// The address space of `cr3` has them.
     pub fn belong_to(&self, cr3: u64) -> bool {
         self.owner == key(cr3)
+    }
+
+    /// Their owner is about to run with this stack pointer. True if RSP cannot be relied on to lie in the high window.
+    pub fn odd_stack(&mut self, rsp: u64) -> bool {
+        self.odd_stack |= !(HIGH_START..HIGH_END).contains(&rsp);
+        self.odd_stack
     }
 
     /// Some address space has them.

@@ -4,7 +4,7 @@ use super::*;
 use crate::frontend::Op;
 use crate::translate::{BORROWED, HOST_FLAGS, OFFSET, Site};
 use crate::window::{self, Memory, Refusal};
-use iced_x86::Register;
+use iced_x86::{OpKind, Register};
 use x86emu::env::RamRange;
 use x86emu::state::{CpuState, gpr};
 
@@ -107,7 +107,9 @@ impl Runner<'_> {
         if !self.vm.caches.windows.taken() {
             return ctx;
         }
-        ctx.with_windows(self.vm.caches.windows.low)
+        let windows = &mut self.vm.caches.windows;
+        let odd_stack = windows.odd_stack(self.vm.cpu.gpr[gpr::RSP]);
+        ctx.with_windows(windows.low, odd_stack)
     }
 
     /// Windows have cost the time since `start`.
@@ -143,6 +145,9 @@ impl Runner<'_> {
         match base {
             Register::RIP => is_low(self.linear_pc()),
             Register::RSP | Register::ESP => is_low(self.vm.cpu.gpr[gpr::RSP]),
+            _ if insn.is_stack_instruction() && insn.op0_kind() != OpKind::Memory => {
+                is_low(self.vm.cpu.gpr[gpr::RSP])
+            }
             Register::None if index == Register::None => true,
             _ => {
                 let mut regs = [base, index].into_iter().filter(|&r| r != Register::None);

@@ -15,6 +15,7 @@ impl Tx<'_> {
     pub(super) fn jcc(&mut self, op: &Op, cond: ConditionCode, target: i64) {
         self.held = self.held_before;
         self.restore_flags(op.live_before | op.reads, false);
+        self.settle_stack(op.off);
         self.scratch.kept = true;
         let code = cond as u8 - ConditionCode::o as u8;
         let inside = self.linkable(target);
@@ -360,6 +361,7 @@ impl Tx<'_> {
             // Its branch word says no more than that it is a return.
             return self.interpret(op);
         }
+        self.settle_probed(op);
         let (size, n) = self.branch_size();
         if self.window(op).is_none() {
             self.save_flags(op.live_before);
@@ -368,7 +370,8 @@ impl Tx<'_> {
         if let Some(place) = self.in_group(0) {
             self.a.load(size, T, at(I, place));
         } else if self.window(op).is_some() {
-            let from = self.through(window::Base::Gpr(4), 0, window::STACK);
+            let kind = self.stack_window(op);
+            let from = self.through(window::Base::Gpr(4), 0, kind);
             self.a.load(size, T, from);
             self.scratch.forget();
         } else {

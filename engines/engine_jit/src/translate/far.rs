@@ -77,6 +77,7 @@ impl Tx<'_> {
     }
 
     pub(super) fn jump_indirect_far(&mut self, op: &Op) {
+        self.settle_stack(op.off);
         let mut misses = Vec::new();
         if self.window(op).is_none() && op.insn.op0_kind() == OpKind::Memory {
             self.save_flags(op.live_before);
@@ -101,7 +102,8 @@ impl Tx<'_> {
         self.a.load(Size::D, T, at(reg::RSP, -shadow::PROBE));
         self.scratch.lose_spread();
         if self.window(op).is_some() {
-            let to = self.through(window::Base::Gpr(4), -8, window::STACK);
+            let kind = self.stack_window(op);
+            let to = self.through(window::Base::Gpr(4), -8, kind);
             self.load_linear(T, next);
             self.a.store(Size::Q, to, T);
             if poll.is_some() {
@@ -129,6 +131,7 @@ impl Tx<'_> {
     }
 
     pub(super) fn call_far(&mut self, op: &Op, target: i64) {
+        self.settle_probed(op);
         let mut misses = Vec::new();
         let backwards = target <= i64::from(op.off);
         let near = self.linkable(target);
@@ -153,6 +156,7 @@ impl Tx<'_> {
     }
 
     pub(super) fn call_indirect_far(&mut self, op: &Op) {
+        self.settle_probed(op);
         let mut misses = Vec::new();
         if self.window(op).is_none() && op.insn.op0_kind() == OpKind::Memory {
             self.save_flags(op.live_before);

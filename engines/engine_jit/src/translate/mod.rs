@@ -204,6 +204,7 @@ pub fn translate<'a>(
     } else {
         direct
     };
+    x.start_scratch();
     let mut next = 0;
     while let Some(op) = block.ops.get(next) {
         if let Some(plan) = x.plan(next) {
@@ -218,7 +219,9 @@ pub fn translate<'a>(
     }
     if !block.closed {
         let live = block.ops.last().map_or(ARITH, |o| o.live_after);
-        if block.before_crossing && ctx.windows() {
+        if x.settle_end(block.end) {
+            // By way of the dispatcher.
+        } else if block.before_crossing && ctx.windows() {
             x.jump_far(i64::from(block.end), live, false);
         } else if block.before_crossing {
             // Both pages must be looked up: that is the jump cache's business.
@@ -341,6 +344,7 @@ impl Tx<'_> {
             Kind::Leave => self.leave(op),
             Kind::Jcc(cond, target) => self.jcc(op, cond, target),
             Kind::Jmp(target) => {
+                self.settle_stack(op.off);
                 self.jump_direct(target, op.live_target, target <= i64::from(op.off))
             }
             Kind::Call(target) => self.call_direct(op, target),

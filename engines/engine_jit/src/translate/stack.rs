@@ -154,7 +154,8 @@ impl Tx<'_> {
     pub(super) fn leave(&mut self, op: &Op) {
         let (size, n) = self.branch_size();
         if self.window(op).is_some() {
-            let from = self.through(window::Base::Gpr(5), 0, window::STACK);
+            let kind = self.stack_window(op);
+            let from = self.through(window::Base::Gpr(5), 0, kind);
             self.a.load(size, T, from);
             self.a.lea(GUEST_RSP, at(reg::RBP, n));
             self.a.mov(reg::RBP, T);

@@ -9,8 +9,8 @@ use super::memory::Operands;
 use super::*;
 use crate::window::REACH;
 
-/// The window that stacks are expected in.
-pub(super) const STACK: usize = crate::window::HIGH;
+/// How far RSP may be from the high window where a block starts and ends.
+const STACK_SLACK: i64 = REACH / 16;
 
 /// What addresses are relative to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -46,6 +46,8 @@ pub(super) struct Scratch {
     checked: [u16; 2],
     /// What they have moved by since.
     moved: [i32; 16],
+    /// How far what RSP was checked as may have been from the high window.
+    slack: i64,
 }
 
 impl Scratch {
@@ -79,6 +81,116 @@ fn near(disp: i64) -> bool {
 }
 
 impl Tx<'_> {
+    /// What is known where a block starts.
+    pub(super) fn start_scratch(&mut self) {
+        if self.ctx.stack_in_window() {
+            self.scratch.checked[crate::window::HIGH] |= 1 << 4;
+            self.scratch.slack = STACK_SLACK;
+        }
+    }
+
+    /// The window that the stack is expected in, for an instruction that uses it.
+    pub(super) fn stack_window(&self, op: &Op) -> usize {
+        match self.window(op) {
+            Some(kind) if !self.ctx.stack_in_window() => kind,
+            _ => crate::window::HIGH,
+        }
+    }
+
+    /// RSP is as near to the high window as other blocks count on.
+    fn stack_settled(&self) -> bool {
+        let s = &self.scratch;
+        !self.ctx.stack_in_window()
+            || s.checked[crate::window::HIGH] & 1 << 4 != 0
+                && s.slack + i64::from(s.moved[4]).abs() <= STACK_SLACK
+    }
+
+    /// Before the block is left, for which nothing but page offset `offset` remains to be done: makes sure that RSP is
+    /// near the high window. Keeps flags; clobbers T. What faults here goes on at that offset with the interpreter.
+    pub(super) fn settle_stack(&mut self, offset: u16) {
+        if self.stack_settled() {
+            return;
+        }
+        let host = if self.flags == Flags::Host {
+            HOST_FLAGS
+        } else {
+            0
+        };
+        self.map.push((self.a.here() as u32, offset | host));
+        self.scratch.checked[crate::window::HIGH] &= !(1 << 4);
+        self.checked(4, GUEST_RSP, 0, crate::window::HIGH);
+    }
+
+    /// The same before a call or return that does not go through a window, of which nothing was done yet: it moves RSP a
+    /// bit further.
+    pub(super) fn settle_probed(&mut self, op: &Op) {
+        if self.ctx.stack_in_window() && self.window(op).is_none() {
+            self.scratch.checked[crate::window::HIGH] &= !(1 << 4);
+            self.settle_stack(op.off);
+        }
+    }
+
+    /// Leaves the block at its end, page offset `end`, by way of the dispatcher if RSP is nowhere near a window.
+    /// True if nothing else must be done.
+    pub(super) fn settle_end(&mut self, end: u16) -> bool {
+        if self.stack_settled() {
+            return false;
+        }
+        if end < 4096 {
+            self.settle_stack(end);
+            return false;
+        }
+        self.load_linear(T, end.into());
+        self.a.jmp_to(self.stubs.far.leave);
+        true
+    }
+
+    /// What an instruction that accesses the stack through a window, whatever its operands, tells about RSP: the
+    /// displacement of what it has accessed from RSP as it is now.
+    fn touched_stack(&self, op: &Op) -> Option<i64> {
+        use iced_x86::Mnemonic as M;
+        let insn = &op.insn;
+        if self.window(op) != Some(crate::window::HIGH) {
+            return None;
+        }
+        match op.kind {
+            Kind::Push if insn.op0_kind() != OpKind::Memory => Some(0),
+            Kind::Pop => Some(-i64::from(Self::stack_size(insn).1)),
+            Kind::Native => {
+                let always = matches!(
+                    insn.mnemonic(),
+                    M::Mov
+                        | M::Movzx
+                        | M::Movsx
+                        | M::Movsxd
+                        | M::Add
+                        | M::Sub
+                        | M::And
+                        | M::Or
+                        | M::Xor
+                        | M::Cmp
+                        | M::Test
+                        | M::Movups
+                        | M::Movaps
+                        | M::Movdqu
+                        | M::Movdqa
+                        | M::Movsd
+                        | M::Movss
+                        | M::Movq
+                );
+                let has = (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Memory);
+                let own = insn.op0_kind() == OpKind::Register
+                    && number(insn.op0_register()) == 4
+                    && insn.op0_register().is_gpr();
+                (always && has && !own && insn.memory_base() == Register::RSP)
+                    .then(|| self.base_of(insn))
+                    .flatten()
+                    .map(|(_, disp)| i64::from(disp))
+            }
+            _ => None,
+        }
+    }
+
     /// Notes where the code of an instruction starts, and where the flags are.
     pub(super) fn mark(&mut self, op: &Op) {
         self.mark_with(op, 0);
@@ -131,11 +243,22 @@ impl Tx<'_> {
 
     /// Follows what an instruction has done to registers that were checked.
     fn follow_checked(&mut self, op: &Op) {
+        self.follow_registers(op);
+        if self.scratch.checked[crate::window::HIGH] & 1 << 4 != 0
+            && let Some(disp) = self.touched_stack(op)
+        {
+            self.scratch.moved[4] = -disp as i32;
+            self.scratch.slack = 0;
+        }
+    }
+
+    fn follow_registers(&mut self, op: &Op) {
         let insn = &op.insn;
         let forget = |s: &mut Scratch, mask: u16| s.checked = s.checked.map(|c| c & !mask);
         let shift = |s: &mut Scratch, n: u8, by: i64| {
             let to = i64::from(s.moved[usize::from(n)]) + by;
-            if near(to) {
+            let margin = if n == 4 { STACK_SLACK } else { 0 };
+            if near(to - margin) && near(to + margin) {
                 s.moved[usize::from(n)] = to as i32;
             } else {
                 s.checked = s.checked.map(|c| c & !(1 << n));
@@ -148,6 +271,15 @@ impl Tx<'_> {
                 shift(&mut self.scratch, 4, i64::from(Self::stack_size(insn).1));
                 let to = number(insn.op0_register());
                 return forget(&mut self.scratch, 1 << to);
+            }
+            Kind::Leave if self.stack_window(op) == crate::window::HIGH => {
+                forget(&mut self.scratch, u16::MAX);
+                if self.window(op).is_some() {
+                    // RSP is behind what was loaded.
+                    self.scratch.checked[crate::window::HIGH] |= 1 << 4;
+                    (self.scratch.moved[4], self.scratch.slack) = (8, 0);
+                }
+                return;
             }
             Kind::Native | Kind::Lea => {}
             _ => return forget(&mut self.scratch, u16::MAX),
@@ -178,10 +310,16 @@ impl Tx<'_> {
             };
             if let Some((from, by)) = from {
                 let s = &mut self.scratch;
+                if from == 4 && to != 4 && s.slack != 0 {
+                    return forget(s, 1 << to);
+                }
                 for c in &mut s.checked {
                     *c = *c & !(1 << to) | (*c >> from & 1) << to;
                 }
                 s.moved[usize::from(to)] = s.moved[usize::from(from)];
+                if to == 4 && from != 4 {
+                    s.slack = 0;
+                }
                 if near(by) {
                     shift(s, to, by);
                 } else {
@@ -213,6 +351,9 @@ impl Tx<'_> {
             self.scratch.checked[1 - kind] &= !bit;
             self.scratch.checked[kind] |= bit;
             self.scratch.moved[usize::from(guest)] = 0;
+            if guest == 4 {
+                self.scratch.slack = 0;
+            }
         }
         let bias = crate::window::SHIFTS[kind] as i32;
         Mem::Sib(Some(reg), Some((I, 0)), disp - bias)
@@ -397,22 +538,23 @@ impl Tx<'_> {
     pub(super) fn push_in_window(&mut self, op: &Op) {
         let (size, n) = Self::stack_size(&op.insn);
         let stack = Base::Gpr(4);
+        let kind = self.stack_window(op);
         if op.insn.op0_kind() == OpKind::Register {
             let guest = number(op.insn.op0_register());
             match host(guest) {
                 Some(h) => {
-                    let to = self.through(stack, -n, STACK);
+                    let to = self.through(stack, -n, kind);
                     self.a.store(size, to, h);
                 }
                 None => {
-                    let to = self.through(stack, -n, STACK);
+                    let to = self.through(stack, -n, kind);
                     self.scratch.spread = None;
                     self.a.load(Size::Q, T, Mem::Gs(gpr_slot(guest)));
                     self.a.store(size, to, T);
                 }
             }
         } else {
-            let to = self.through(stack, -n, STACK);
+            let to = self.through(stack, -n, kind);
             self.a.store_imm(size, to, op.insn.immediate(0) as i32);
         }
         self.move_stack(-n);
@@ -420,7 +562,8 @@ impl Tx<'_> {
     }
 
     pub(super) fn pop_in_window(&mut self, op: &Op) {
-        let from = self.through(Base::Gpr(4), 0, STACK);
+        let kind = self.stack_window(op);
+        let from = self.through(Base::Gpr(4), 0, kind);
         self.pop_from(op, from);
         let size = Self::stack_size(&op.insn).0;
         let guest = number(op.insn.op0_register());
