@@ -27,6 +27,10 @@ const FLAGS: u32 = 0x3002;
 /// The arithmetic flags.
 const ARITH: u64 = 0x8d5;
 const HANDLER: u64 = 0x1_8000;
+/// The top of user code's stack, where processes have it.
+const HIGH_STACK: u64 = 0x7ffd_0000_4000;
+/// Its memory.
+const STACK_FRAMES: u64 = 48 << 20;
 
 fn frame(n: u64) -> u64 {
     FRAMES + 4096 * n
@@ -36,7 +40,14 @@ fn address_space(m: &Machine) -> PageTables<'_> {
     let t = m.tables(Paging::Long);
     m.fill(&t, Paging::Long);
     make_room(m, &t);
+    map_stack(&t);
     t
+}
+
+fn map_stack(t: &PageTables<'_>) {
+    for i in 0..4 {
+        t.map(HIGH_STACK - 4096 * (i + 1), STACK_FRAMES + 4096 * i, ALL);
+    }
 }
 
 /// Small pages can be mapped at [`LOW`].
@@ -47,7 +58,7 @@ fn make_room(m: &Machine, t: &PageTables<'_>) {
 /// A kernel that runs the user code once.
 fn user(m: &Machine, program: impl FnOnce(&mut CodeAssembler)) {
     m.load(ENTRY, 64, |a| {
-        call_user(a, SECOND, USER_STACK, FLAGS);
+        call_user(a, SECOND, HIGH_STACK, FLAGS);
         end(a);
     });
     m.load(SECOND, 64, |a| {
@@ -283,7 +294,7 @@ fn wild_pointers() {
         assert!(code.inner.code_buffer.len() < 0x1_0000);
         m.memory.write(SECOND, &code.inner.code_buffer);
         m.load(ENTRY, 64, |a| {
-            call_user(a, SECOND, USER_STACK, FLAGS);
+            call_user(a, SECOND, HIGH_STACK, FLAGS);
             end(a);
         });
         let mut n = 0;
@@ -546,7 +557,7 @@ fn remapped_and_unmapped() {
                     for i in 0..rounds {
                         asm!(a; mov(rax, entry(i)); mov(qword_ptr(pte), rax););
                         flush(a, how, va);
-                        call_user(a, SECOND, USER_STACK, FLAGS);
+                        call_user(a, SECOND, HIGH_STACK, FLAGS);
                     }
                     end(a);
                 });
@@ -595,7 +606,7 @@ fn changed_before_the_flush() {
                 for _ in 0..4 {
                     for va in [HIGH + 0x5000, HIGH + 0x1000] {
                         asm!(a; mov(rbx, va););
-                        call_user(a, SECOND, USER_STACK, FLAGS);
+                        call_user(a, SECOND, HIGH_STACK, FLAGS);
                     }
                 }
                 asm!(a;
@@ -605,9 +616,9 @@ fn changed_before_the_flush() {
                     mov(qword_ptr(first), rax);
                     mov(rbx, HIGH);
                 );
-                call_user(a, SECOND, USER_STACK, FLAGS);
+                call_user(a, SECOND, HIGH_STACK, FLAGS);
                 asm!(a; mov(rbx, HIGH + 0x1000); invlpg(byte_ptr(rbx)););
-                call_user(a, SECOND, USER_STACK, FLAGS);
+                call_user(a, SECOND, HIGH_STACK, FLAGS);
                 end(a);
             });
             m.load(SECOND, 64, |a| {
@@ -697,7 +708,7 @@ fn upper_levels_and_large_pages() {
                     if how == Flush::Invlpg {
                         flush(a, how, far);
                     }
-                    call_user(a, SECOND, USER_STACK, FLAGS);
+                    call_user(a, SECOND, HIGH_STACK, FLAGS);
                 }
                 end(a);
             });
@@ -934,6 +945,77 @@ fn stacks_that_grow() {
 }
 
 #[test]
+fn stack_pointers_that_wander() {
+    // Block by block, by constants, without a look at what lies there: below and above where stacks are, beyond
+    // the user's half, around to its start. Then an access, a push, a call or a return.
+    each(|engine| {
+        let end = 0x8000_0000_0000u64;
+        // If nobody looked, this would be reached: what is 2^46 above where the host has it.
+        let secret = vec![0x5au8; 1 << 20];
+        let in_secret = secret.as_ptr() as u64 + (1 << 19) + (1 << 46);
+        let starts = [
+            (in_secret & !7, 0),
+            (0x4000_0000_0000, -0x7000),
+            (0x4000_0000_0000, 0x7000),
+            (end - 0x4000, 0x6ff8),
+            (end - 0x4000, -0x6ff8),
+            (0x1_0000, -0x6000),
+        ];
+        for (start, step) in starts {
+            let m = Machine::new(engine);
+            let _ = address_space(&m);
+            user(&m, |a| {
+                asm!(a; mov(rdi, rsp););
+                for what in 0..6 {
+                    asm!(a; mov(rsp, start); mov(ecx, 600););
+                    let mut skip = a.create_label();
+                    let top = here(a);
+                    // Two exits on the way, neither of which touches the stack.
+                    asm!(a;
+                        sub(ecx, 1);
+                        js(skip);
+                        lea(rsp, ptr(rsp + step / 2));
+                        test(ecx, 7);
+                        je(skip);
+                        set_label(&mut skip);
+                        add(rsp, step / 2);
+                        test(ecx, ecx);
+                        jg(top);
+                    );
+                    attempt(a, |a| match what {
+                        0 => asm!(a; mov(eax, dword_ptr(rsp + 8)); ),
+                        1 => asm!(a; push(rbx); ),
+                        2 => asm!(a; pop(rbx); ),
+                        3 => asm!(a; ret(); ),
+                        4 => asm!(a; mov(dword_ptr(rsp - 0x7_0000), eax); ),
+                        _ => asm!(a; call(rdi); ),
+                    });
+                    asm!(a; mov(rax, rsp); mov(rbx, start); sub(rax, rbx););
+                    report(a);
+                }
+                asm!(a; mov(rsp, rdi););
+            });
+            let mut v = m.long(0, ENTRY);
+            let got = m.finish(&mut v);
+            assert_eq!(got, [(600 * step) as u32; 6], "{start:#x} {step}");
+            let at = start.wrapping_add_signed(i64::from(600 * step));
+            let canonical = |va: u64| (va as i64) << 16 >> 16 == va as i64;
+            let touched = [at + 8, at - 8, at, at, at - 0x7_0000, at - 8];
+            let expected: Vec<u64> = touched
+                .iter()
+                .map(|&va| if canonical(va) { 14 } else { 12 })
+                .collect();
+            let faults = m.faults();
+            let seen: Vec<u64> = faults.iter().map(|f| f.vector).collect();
+            assert_eq!(seen, expected, "{start:#x} {step}");
+            for (f, va) in faults.iter().zip(touched) {
+                assert!(f.vector != 14 || f.cr2 == va, "{:#x} {va:#x}", f.cr2);
+            }
+        }
+    });
+}
+
+#[test]
 fn segments_and_rip() {
     each(|engine| {
         let m = Machine::new(engine);
@@ -971,7 +1053,7 @@ fn segments_and_rip() {
             for (msr_fs, msr_gs) in [(HIGH, LOW), (LOW, HIGH)] {
                 wrmsr(a, 0xc000_0100, msr_fs + 0x1000);
                 wrmsr(a, 0xc000_0101, msr_gs + 0x1008);
-                call_user(a, SECOND, USER_STACK, FLAGS);
+                call_user(a, SECOND, HIGH_STACK, FLAGS);
             }
             end(a);
         });
@@ -1132,7 +1214,7 @@ fn vectors() {
                     or_cr(a, cr4, 1 << 18);
                     asm!(a; xor(ecx, ecx); xor(edx, edx); mov(eax, 7); xsetbv(););
                 }
-                call_user(a, SECOND, USER_STACK, FLAGS);
+                call_user(a, SECOND, HIGH_STACK, FLAGS);
                 end(a);
             });
             m.load(SECOND, 64, |a| {
@@ -1211,6 +1293,7 @@ fn address_spaces_that_alternate() {
             let u = m.more_tables(Paging::Long);
             m.fill(&u, Paging::Long);
             make_room(&m, &u);
+            map_stack(&u);
             for (i, t) in [&t, &u].into_iter().enumerate() {
                 for (j, va) in [LOW, HIGH].into_iter().enumerate() {
                     let n = 2 * i as u64 + j as u64;
@@ -1234,7 +1317,7 @@ fn address_spaces_that_alternate() {
                     // With PCIDs, without a flush after the first rounds.
                     let keep = if pcid && i >= 2 { 1 << 63 } else { 0 };
                     set_cr(a, cr3, [one, two][i as usize & 1] | keep);
-                    call_user(a, SECOND, USER_STACK, FLAGS);
+                    call_user(a, SECOND, HIGH_STACK, FLAGS);
                 }
                 set_cr(a, cr3, t.root);
                 end(a);
@@ -1272,6 +1355,7 @@ fn vcpus_with_address_spaces_of_their_own() {
         let u = m.more_tables(Paging::Long);
         m.fill(&u, Paging::Long);
         make_room(&m, &u);
+        map_stack(&u);
         for (i, t) in [&t, &u].into_iter().enumerate() {
             for (j, va) in [LOW, HIGH].into_iter().enumerate() {
                 t.map(va, frame(2 * i as u64 + j as u64), USER);
@@ -1399,7 +1483,7 @@ fn code_pages_replaced() {
                     for i in 0..rounds {
                         asm!(a; mov(rax, frame(1 + i % 3) | USER); mov(qword_ptr(pte), rax););
                         flush(a, how, va + 4096);
-                        call_user(a, SECOND, USER_STACK, FLAGS);
+                        call_user(a, SECOND, HIGH_STACK, FLAGS);
                     }
                     end(a);
                 });
@@ -1552,7 +1636,7 @@ fn shootdown_of_user_pages() {
             let kernel = HANDLER + 0x1000;
             m.load(kernel, 64, |a| {
                 asm!(a; mov(ebx, apic as u32); mov(dword_ptr(rbx + 0xf0), 0x1ff););
-                call_user(a, SECOND, USER_STACK, FLAGS | 0x200);
+                call_user(a, SECOND, HIGH_STACK, FLAGS | 0x200);
             });
             let got = m.finish_all(vec![m.long(0, ENTRY), m.long(1, kernel)]);
             assert_eq!(got[1], [0], "{va:#x}");
