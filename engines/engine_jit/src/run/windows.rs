@@ -210,7 +210,7 @@ impl Runner<'_> {
         }
         let offset = u32::from(word & OFFSET);
         if let Some(why) = refusal {
-            self.learn(block, page | u64::from(offset), ctx, why);
+            self.learn(block, page + u64::from(offset), ctx, why);
         }
         self.sync(offset);
         match self.step() {

@@ -102,8 +102,8 @@ pub mod link {
     pub const DISTANCE_SHIFT: u32 = 21;
 }
 
-/// Page offset in a word of [`Code::map`].
-pub const OFFSET: u16 = 0xfff;
+/// Page offset in a word of [`Code::map`], up to 4096.
+pub const OFFSET: u16 = 0x1fff;
 /// Bit of such a word: the guest's live flags are in EFLAGS, unless the instruction cannot fault on the host.
 pub const HOST_FLAGS: u16 = 0x8000;
 
@@ -219,9 +219,8 @@ pub fn translate<'a>(
     }
     if !block.closed {
         let live = block.ops.last().map_or(ARITH, |o| o.live_after);
-        if x.settle_end(block.end) {
-            // By way of the dispatcher.
-        } else if block.before_crossing && ctx.windows() {
+        x.settle_stack(block.end);
+        if block.before_crossing && ctx.windows() {
             x.jump_far(i64::from(block.end), live, false);
         } else if block.before_crossing {
             // Both pages must be looked up: that is the jump cache's business.

@@ -130,21 +130,6 @@ impl Tx<'_> {
         }
     }
 
-    /// Leaves the block at its end, page offset `end`, by way of the dispatcher if RSP is nowhere near a window.
-    /// True if nothing else must be done.
-    pub(super) fn settle_end(&mut self, end: u16) -> bool {
-        if self.stack_settled() {
-            return false;
-        }
-        if end < 4096 {
-            self.settle_stack(end);
-            return false;
-        }
-        self.load_linear(T, end.into());
-        self.a.jmp_to(self.stubs.far.leave);
-        true
-    }
-
     /// What an instruction that accesses the stack through a window, whatever its operands, tells about RSP: the
     /// displacement of what it has accessed from RSP as it is now.
     fn touched_stack(&self, op: &Op) -> Option<i64> {
