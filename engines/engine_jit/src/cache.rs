@@ -464,8 +464,9 @@ impl Cache {
         // does it while other vCPUs execute there.
         if Context(b.ctx).windows() {
             // Its links are all that leads elsewhere.
-            let dead = to(0xe8, b.indirect, self.stubs.dead_flags);
-            self.arena.patch_word(b.indirect, &dead);
+            let entry = b.indirect + crate::far::ENTRY as u64;
+            let dead = to(0xe8, entry, self.stubs.dead_flags);
+            self.arena.patch_word(entry, &dead);
         } else {
             // At the first one T has the linear address.
             let lost = to(0xe9, b.indirect, self.stubs.jump);

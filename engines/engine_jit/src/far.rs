@@ -204,11 +204,14 @@ const fn far(field: usize) -> i32 {
     offset_of!(VcpuMem, caches.far) as i32 + field as i32
 }
 
-/// The operand of a jump through a slot; `back`: by way of I, which holds the attention flag.
+/// Bytes before what slots lead to: the load of I, which whoever comes through a slot has there.
+pub const ENTRY: usize = 9;
+
+/// The operand of a jump through a slot; `back`: by way of T, which holds the attention flag.
 pub fn slot(n: u32, back: bool) -> Mem {
     let at = far(offset_of!(Far, slots)) + 8 * n as i32;
     if back {
-        Mem::GsBase(I, at)
+        Mem::GsBase(T, at)
     } else {
         Mem::Gs(at)
     }
@@ -330,6 +333,7 @@ pub fn emit(a: &mut Asm, s: &mut Stubs) {
     a.load(Size::Q, reg::RAX, word(offset_of!(Far, filled_bytes)));
     a.alu_imm(Size::Q, 7, reg::RAX, 4 * SLOTS as i32);
     let full = a.jcc(cc::AE);
+    a.alu_imm(Size::Q, 0, reg::RCX, ENTRY as i32);
     a.store(
         Size::Q,
         Mem::GsBase(I, far(offset_of!(Far, slots))),
@@ -343,6 +347,7 @@ pub fn emit(a: &mut Asm, s: &mut Stubs) {
     );
     a.alu_imm(Size::Q, 0, reg::RAX, 4);
     a.store(Size::Q, word(offset_of!(Far, filled_bytes)), reg::RAX);
+    a.alu_imm(Size::Q, 5, reg::RCX, ENTRY as i32);
     a.bind(full);
     a.store(Size::Q, Mem::Gs(off::CONT), reg::RCX);
     restore_flags(a);

@@ -208,6 +208,8 @@ pub fn emit(a: &mut Asm, helpers: &Helpers, avx: bool) -> Stubs {
     a.store_imm(Size::D, Mem::Gs(off::FPU_LOADED), 1);
     a.mov(reg::RAX, T);
     a.mov(reg::RDX, I);
+    // What code with windows has there where a block starts.
+    a.load(Size::Q, I, Mem::Gs(off::WINDOW_PLACES));
     a.bytes(&[0xc3]);
 
     let leave = a.here();

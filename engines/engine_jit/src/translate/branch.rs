@@ -16,6 +16,9 @@ impl Tx<'_> {
         self.held = self.held_before;
         self.restore_flags(op.live_before | op.reads, false);
         self.settle_stack(op.off);
+        if self.ctx.windows() {
+            self.placed(crate::window::HIGH);
+        }
         self.scratch.kept = true;
         let code = cond as u8 - ConditionCode::o as u8;
         let inside = self.linkable(target);
@@ -64,6 +67,9 @@ impl Tx<'_> {
             return;
         }
         self.restore_flags(live, false);
+        if self.ctx.windows() {
+            self.placed(crate::window::HIGH);
+        }
         if backwards {
             self.poll(target as u16, live);
         }

@@ -375,6 +375,8 @@ impl Tx<'_> {
             Cold::Taken { jump, target, live } => {
                 self.a.bind(jump);
                 self.flags = Flags::Host;
+                // As it was at the branch.
+                self.scratch.at_branch();
                 self.jump_direct(target, live, true);
             }
         }

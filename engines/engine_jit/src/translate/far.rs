@@ -7,9 +7,12 @@ use crate::layout::far_branch_word;
 use crate::shadow;
 
 impl Tx<'_> {
-    /// The entry of a block at a page offset: a NOP, of which the first half can be overwritten by a call in one store.
+    /// The entry of a block at a page offset. I becomes the place of the high window, where it is not already. Then there is
+    /// a NOP, of which the first half can be overwritten by a call in one store.
     /// The other half says where this is ([`place_word`]).
     pub(super) fn enter_far(&mut self, offset: u16) {
+        self.placed(crate::window::HIGH);
+        debug_assert_eq!(self.a.here(), far::ENTRY);
         self.a.bytes(&[0x66, 0x0f, 0x1f, 0x84, 0x00]);
         self.a.d32(place_word(self.ask.page, offset));
     }
@@ -46,11 +49,12 @@ impl Tx<'_> {
         if slot as usize >= far::SLOTS {
             self.load_linear(T, target);
             self.look_up(how, 0);
+            self.scratch.lose_place();
             return;
         }
         self.fars_used += 1;
         if backwards {
-            self.a.load(Size::D, I, Mem::Gs(off::ATTENTION));
+            self.a.load(Size::D, T, Mem::Gs(off::ATTENTION));
         }
         self.a
             .op_mem(Size::D, &[0xff], how, far::slot(slot, backwards));
@@ -72,7 +76,7 @@ impl Tx<'_> {
     /// Jumps out of the page.
     pub(super) fn jump_far(&mut self, target: i64, live: u32, backwards: bool) {
         self.settle_flags(live);
-        self.scratch.forget();
+        self.placed(crate::window::HIGH);
         self.through_slot(4, target, backwards);
     }
 
@@ -108,6 +112,7 @@ impl Tx<'_> {
             self.a.store(Size::Q, to, T);
             if poll.is_some() {
                 self.a.mov(I, T);
+                self.scratch.lose_place();
             }
         } else {
             self.save_flags(op.live_before);
@@ -118,9 +123,10 @@ impl Tx<'_> {
             self.load_linear(I, next);
             self.a.store(Size::Q, at(T, 0), I);
             self.a.mov(T, I);
+            self.scratch.lose_place();
         }
         self.settle_flags(op.live_before);
-        self.scratch.forget();
+        self.scratch.lose_spread();
         self.move_stack(-8);
         if let Some((target, live)) = poll {
             self.poll(target, live);
@@ -137,6 +143,7 @@ impl Tx<'_> {
         let near = self.linkable(target);
         let poll = (near && backwards).then_some((target as u16, op.live_target));
         self.push_return_far(op, poll, &mut misses);
+        self.placed(crate::window::HIGH);
         if near {
             self.a.align_link(1);
             self.a.bytes(&[0xe8, 0, 0, 0, 0]);

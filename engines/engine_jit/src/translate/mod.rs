@@ -335,7 +335,7 @@ impl Tx<'_> {
     fn op(&mut self, op: &Op) {
         self.held_before = std::mem::take(&mut self.held);
         match op.kind {
-            Kind::Nop => {}
+            Kind::Nop => self.scratch.kept = true,
             Kind::Native => self.native(op),
             Kind::Lea => self.lea(op),
             Kind::Push => self.push(op),

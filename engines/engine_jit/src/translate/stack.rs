@@ -159,6 +159,8 @@ impl Tx<'_> {
             self.a.load(size, T, from);
             self.a.lea(GUEST_RSP, at(reg::RBP, n));
             self.a.mov(reg::RBP, T);
+            self.scratch.lose_spread();
+            self.scratch.kept = true;
             return;
         }
         self.save_flags(op.live_before);

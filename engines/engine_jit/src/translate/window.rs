@@ -61,6 +61,11 @@ impl Scratch {
         self.place = None;
     }
 
+    /// At the taken target of a branch, behind the block.
+    pub(super) fn at_branch(&mut self) {
+        (self.spread, self.place) = (None, Some(crate::window::HIGH));
+    }
+
     /// T and I are used for something else.
     pub(super) fn forget(&mut self) {
         (self.spread, self.place) = (None, None);
@@ -382,7 +387,7 @@ impl Tx<'_> {
     }
 
     /// Makes I hold the place of a window.
-    fn placed(&mut self, kind: usize) {
+    pub(super) fn placed(&mut self, kind: usize) {
         if self.scratch.place != Some(kind) {
             self.a.load(Size::Q, I, place(kind));
             self.held[1] = None;
