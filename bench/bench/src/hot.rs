@@ -1,7 +1,7 @@
 //! `bench hot`: the hottest blocks of a workload, the guest's instructions beside the emitted ones, with
 //! `perf`'s samples. The engine writes down each block that it makes (`ANYKVM_JIT_BLOCKS`).
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -184,6 +184,12 @@ fn show(codes: &BTreeMap<u64, Code>, samples: &HashMap<u64, u64>) -> Outcome {
         part(stubs),
         part(all - user - kernel - stubs)
     );
+    let named = registers(codes, &by_code);
+    let of_user: Vec<String> = (8..16)
+        .zip(named)
+        .map(|(n, share)| format!("r{n} {:.1} %", 1e2 * share))
+        .collect();
+    println!("instructions of user code that name {}", of_user.join(", "));
     let mut order: Vec<(u64, u64)> = by_code.into_iter().map(|(at, n)| (n, at)).collect();
     order.sort_unstable_by(|a, b| b.cmp(a));
     let mut hottest = Vec::new();
@@ -197,10 +203,44 @@ fn show(codes: &BTreeMap<u64, Code>, samples: &HashMap<u64, u64>) -> Outcome {
     }
     Outcome {
         json: json!({
-            "samples": all, "user": user, "kernel": kernel, "stubs": stubs, "hottest": hottest,
+            "samples": all, "r8_to_r15": named, "user": user, "kernel": kernel, "stubs": stubs, "hottest": hottest,
         }),
         good: all > 0,
     }
+}
+
+/// Which share of the user's instructions name R8 to R15, taking each as often executed as its block has samples for it.
+fn registers(codes: &BTreeMap<u64, Code>, by_code: &HashMap<u64, u64>) -> [f64; 8] {
+    let (mut named, mut all) = ([0.0; 8], 0.0);
+    for (at, &count) in by_code {
+        let code = &codes[at];
+        let Some(guest) = code
+            .guest
+            .as_ref()
+            .filter(|_| code.name.starts_with("guest:user"))
+        else {
+            continue;
+        };
+        let decode =
+            || Decoder::with_ip(guest.bits, &guest.bytes, guest.linear, DecoderOptions::NONE);
+        let weight = count as f64 / decode().iter().count().max(1) as f64;
+        all += count as f64;
+        for instruction in &mut decode() {
+            let operands = (0..instruction.op_count()).map(|i| instruction.op_register(i));
+            let address = [instruction.memory_base(), instruction.memory_index()];
+            let used: HashSet<usize> = operands
+                .chain(address)
+                .filter(|r| r.is_gpr())
+                .map(|r| r.full_register().number())
+                .collect();
+            for n in used {
+                if let Some(share) = n.checked_sub(8).and_then(|n| named.get_mut(n)) {
+                    *share += weight;
+                }
+            }
+        }
+    }
+    named.map(|n| if all > 0.0 { n / all } else { 0.0 })
 }
 
 /// Each guest instruction with what it became; in front of each emitted one its samples.
@@ -257,6 +297,16 @@ mod tests {
         assert!(parse("7000 20 stub:enter").unwrap().1.guest.is_none());
         assert!(parse("7000 2 guest:user:0x40").is_some_and(|(_, code)| code.guest.is_none()));
         assert!(parse("7000").is_none());
+    }
+
+    #[test]
+    fn registers_are_counted_by_samples() {
+        // inc r8; mov r9, [r8 + r9]; nop; nop
+        let line = "7000 4 guest:user:0x400ff0:phys:0x1ff0 64 49ffc04f8b0c089090 0:0, 90";
+        let (start, code) = parse(line).unwrap();
+        let codes = BTreeMap::from([(start, code)]);
+        let named = registers(&codes, &HashMap::from([(start, 8)]));
+        assert_eq!(named[..3], [0.5, 0.25, 0.0]);
     }
 
     #[test]

@@ -18,7 +18,7 @@ use crate::stubs::{I, SEARCH, Stubs, T};
 use std::mem::offset_of;
 
 /// Slots of a virtual machine; a power of two.
-pub const SLOTS: usize = 1 << 17;
+pub const SLOTS: usize = 1 << 19;
 /// What the attention flag is when it is up: the distance from a slot to its word in the second array.
 pub const ATTENTION_UP: u32 = (SLOTS * 8) as u32;
 /// Entries of the jump cache; a power of two.

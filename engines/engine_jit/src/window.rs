@@ -48,7 +48,7 @@ pub const PLACES: [u64; 2] = [SHIFTS[HIGH].wrapping_sub(HIGH_START), SHIFTS[LOW]
 /// The masks of PDEP.
 pub const MASKS: [u64; 2] = [!HIGH_END, (LOW_END - 1) | (u64::MAX << 47)];
 /// Offset in [`VcpuMem`]'s mapping of what the shifted addresses index.
-pub const CHECKS: [i32; 2] = [16 << 20, (16 << 20) + (1 << 30)];
+pub const CHECKS: [i32; 2] = [48 << 20, (48 << 20) + (1 << 30)];
 /// Offsets of the pages there that can be read.
 pub const CHECK_PAGES: [usize; 2] = [
     CHECKS[HIGH] as usize + (HIGH_START >> SHIFTS[HIGH]) as usize,
