@@ -319,7 +319,7 @@ pub fn make(r: &mut Random, pool: &Pool) -> Case {
     }
     if bits == 64 && r.one_in(2) {
         // Where Linux puts stacks.
-        case.gpr[4] = HIGH.linear + PAGE + r.below(0x800) & !7;
+        case.gpr[4] = HIGH.linear + PAGE + (r.below(0x800) & !7);
     }
     if case.at > CODE.linear + 0x2000 {
         case.at = CODE.linear + 0xf80;
