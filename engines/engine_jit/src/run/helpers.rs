@@ -4,6 +4,7 @@
 //! where translated code goes on, or 0 to come back to [`Runner::run`].
 
 use super::*;
+use crate::block::Block;
 use crate::layout::{branch_of, far_branch_of, jump_index};
 use crate::miss;
 use crate::stubs::Helpers;

@@ -3,7 +3,7 @@
 use super::*;
 use crate::frontend::Op;
 use crate::translate::{BORROWED, HOST_FLAGS, OFFSET, Site};
-use crate::window::{self, Memory, Refusal};
+use crate::window::{self, Memory, Refusal, Windows};
 use iced_x86::{OpKind, Register};
 use x86emu::env::RamRange;
 use x86emu::state::{CpuState, gpr};

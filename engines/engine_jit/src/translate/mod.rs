@@ -211,6 +211,11 @@ pub fn translate<'a>(
             next = x.emit_group(next, &plan);
             continue;
         }
+        if let Some(end) = x.stack_run(next) {
+            x.emit_stack_run(next..end);
+            next = end;
+            continue;
+        }
         x.mark(op);
         x.scratch.kept = false;
         x.op(op);

@@ -525,6 +525,84 @@ impl Tx<'_> {
         self.scratch.kept = kept;
     }
 
+    /// The end of a run of pushes, or pops, through a window that starts with instruction `first`, if there is more
+    /// than one.
+    pub(super) fn stack_run(&self, first: usize) -> Option<usize> {
+        let block = self.block;
+        if !self.ctx.windows() || block.apart {
+            return None;
+        }
+        let start = block.ops.get(first)?;
+        let belongs = |op: &&Op| {
+            let insn = &op.insn;
+            let of_stack = match op.kind {
+                Kind::Push => insn.op0_kind() != OpKind::Memory,
+                Kind::Pop => true,
+                _ => false,
+            };
+            of_stack
+                && op.kind == start.kind
+                && insn.stack_pointer_increment().abs() == 8
+                && (insn.op0_kind() != OpKind::Register || number(insn.op0_register()) != 4)
+                && self.window(op).is_some()
+                && self.stack_window(op) == self.stack_window(start)
+        };
+        let rest = block.ops.get(first..)?;
+        let count = rest.iter().take_while(belongs).count();
+        (count > 1).then_some(first + count)
+    }
+
+    /// Emits such a run with one change of RSP behind it. What faults in it is executed again from its start, by the
+    /// interpreter: that stores or loads the same once more, and comes to the exception with all before it done.
+    pub(super) fn emit_stack_run(&mut self, run: std::ops::Range<usize>) {
+        let block = self.block;
+        let Some(ops) = block.ops.get(run) else {
+            return;
+        };
+        let Some(first) = ops.first() else {
+            return;
+        };
+        self.held = [None; 2];
+        self.mark(first);
+        let kind = self.stack_window(first);
+        let pushes = first.kind == Kind::Push;
+        let mut moved = 0;
+        for op in ops {
+            let register = op.insn.op0_kind() == OpKind::Register;
+            let guest = number(op.insn.op0_register());
+            if pushes {
+                moved -= 8;
+                let to = self.through(Base::Gpr(4), moved, kind);
+                match host(guest) {
+                    _ if !register => self.a.store_imm(Size::Q, to, op.insn.immediate(0) as i32),
+                    Some(h) => self.a.store(Size::Q, to, h),
+                    None => {
+                        self.scratch.lose_spread();
+                        self.a.load(Size::Q, T, Mem::Gs(gpr_slot(guest)));
+                        self.a.store(Size::Q, to, T);
+                    }
+                }
+            } else {
+                let from = self.through(Base::Gpr(4), moved, kind);
+                moved += 8;
+                match host(guest) {
+                    Some(h) => self.a.load(Size::Q, h, from),
+                    None => {
+                        self.scratch.lose_spread();
+                        self.a.load(Size::Q, T, from);
+                        self.a.store(Size::Q, Mem::Gs(gpr_slot(guest)), T);
+                    }
+                }
+            }
+        }
+        self.move_stack(moved);
+        self.held = [None; 2];
+        for op in ops {
+            self.scratch.kept = true;
+            self.after_window(op);
+        }
+    }
+
     pub(super) fn push_in_window(&mut self, op: &Op) {
         let (size, n) = Self::stack_size(&op.insn);
         let stack = Base::Gpr(4);
