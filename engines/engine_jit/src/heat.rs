@@ -14,6 +14,9 @@ const LONGEST: u64 = 30_000_000;
 const LONGEST_COST: u64 = 2_000_000;
 /// What mappings may cost in the beginning.
 const CREDIT: u64 = 10_000_000;
+/// User time with windows after which half of it is forgotten, and of its costs: what a process did long ago, or another one
+/// with the same page table, says nothing about now.
+const FORGET: u64 = 100_000_000;
 /// How long an address space whose windows did not pay has to run before it gets new ones; doubled each time.
 const PAUSE: i64 = 100_000_000;
 
@@ -58,6 +61,9 @@ impl Heat {
         self.total[usize::from(!windows)] += spent;
         if windows {
             self.used += spent;
+            if self.used > FORGET {
+                (self.used, self.cost) = (self.used / 2, self.cost / 2);
+            }
         }
         for s in &mut self.spaces {
             if s.cr3 == was {
