@@ -104,6 +104,13 @@ fn layers() -> ExitCode {
             }
         }
     }
+    if crates.is_empty() {
+        eprintln!(
+            "{}: no crates here: build xtask again where it is run",
+            root.display()
+        );
+        return ExitCode::FAILURE;
+    }
     println!("layers: {} crates, {wrong} wrong arrows", crates.len());
     if wrong == 0 {
         ExitCode::SUCCESS
