@@ -186,7 +186,7 @@ pub fn translate<'a>(
         held: [None; 2],
         held_before: [None; 2],
     };
-    // Indirect entry: T is the linear address, the flags are in memory. With windows there is only one entry.
+    // Indirect entry: T is the linear address, the flags are in memory. With windows see `enter_far`.
     if ctx.windows() {
         let off = block.ops.first().map_or(0, |o| o.off);
         x.enter_far(off);

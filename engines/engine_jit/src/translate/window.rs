@@ -234,7 +234,9 @@ impl Tx<'_> {
     /// Follows what an instruction has done to registers that were checked.
     fn follow_checked(&mut self, op: &Op) {
         self.follow_registers(op);
-        if self.scratch.checked[crate::window::HIGH] & 1 << 4 != 0
+        // What the interpreter has done instead tells nothing about windows, and keeps nothing.
+        if self.scratch.kept
+            && self.scratch.checked[crate::window::HIGH] & 1 << 4 != 0
             && let Some(disp) = self.touched_stack(op)
         {
             self.scratch.moved[4] = -disp as i32;
@@ -568,20 +570,11 @@ impl Tx<'_> {
         let pushes = first.kind == Kind::Push;
         let mut moved = 0;
         for op in ops {
-            let register = op.insn.op0_kind() == OpKind::Register;
             let guest = number(op.insn.op0_register());
             if pushes {
                 moved -= 8;
                 let to = self.through(Base::Gpr(4), moved, kind);
-                match host(guest) {
-                    _ if !register => self.a.store_imm(Size::Q, to, op.insn.immediate(0) as i32),
-                    Some(h) => self.a.store(Size::Q, to, h),
-                    None => {
-                        self.scratch.lose_spread();
-                        self.a.load(Size::Q, T, Mem::Gs(gpr_slot(guest)));
-                        self.a.store(Size::Q, to, T);
-                    }
-                }
+                self.store_pushed(op, Size::Q, to);
             } else {
                 let from = self.through(Base::Gpr(4), moved, kind);
                 moved += 8;
@@ -603,28 +596,25 @@ impl Tx<'_> {
         }
     }
 
+    /// Stores the register or immediate that PUSH pushes to its place on the host. May clobber T.
+    fn store_pushed(&mut self, op: &Op, size: Size, to: Mem) {
+        if op.insn.op0_kind() != OpKind::Register {
+            return self.a.store_imm(size, to, op.insn.immediate(0) as i32);
+        }
+        let guest = number(op.insn.op0_register());
+        let from = host(guest).unwrap_or(T);
+        if from == T {
+            self.scratch.lose_spread();
+            self.a.load(Size::Q, T, Mem::Gs(gpr_slot(guest)));
+        }
+        self.a.store(size, to, from);
+    }
+
     pub(super) fn push_in_window(&mut self, op: &Op) {
         let (size, n) = Self::stack_size(&op.insn);
-        let stack = Base::Gpr(4);
         let kind = self.stack_window(op);
-        if op.insn.op0_kind() == OpKind::Register {
-            let guest = number(op.insn.op0_register());
-            match host(guest) {
-                Some(h) => {
-                    let to = self.through(stack, -n, kind);
-                    self.a.store(size, to, h);
-                }
-                None => {
-                    let to = self.through(stack, -n, kind);
-                    self.scratch.spread = None;
-                    self.a.load(Size::Q, T, Mem::Gs(gpr_slot(guest)));
-                    self.a.store(size, to, T);
-                }
-            }
-        } else {
-            let to = self.through(stack, -n, kind);
-            self.a.store_imm(size, to, op.insn.immediate(0) as i32);
-        }
+        let to = self.through(Base::Gpr(4), -n, kind);
+        self.store_pushed(op, size, to);
         self.move_stack(-n);
         self.scratch.kept = size == Size::Q;
     }
