@@ -292,23 +292,14 @@ impl Asm {
         ]);
     }
 
-    /// `pdep dst, src, gs:[mask]` (BMI2; no flags): the low bits of `src` at the places of the mask's ones.
-    pub fn pdep(&mut self, dst: Reg, src: Reg, mask: i32) {
-        self.bits(3, dst, src, mask);
-    }
-
     /// `pext dst, src, gs:[mask]` (BMI2; no flags): the bits of `src` at the places of the mask's ones.
     pub fn pext(&mut self, dst: Reg, src: Reg, mask: i32) {
-        self.bits(2, dst, src, mask);
-    }
-
-    fn bits(&mut self, pp: u8, dst: Reg, src: Reg, mask: i32) {
         let r = u8::from(dst < 8) << 7;
         self.bytes(&[
             0x65,
             0xc4,
             r | 0x60 | 2,
-            0x80 | (!src & 15) << 3 | pp,
+            0x80 | (!src & 15) << 3 | 2,
             0xf5,
             (dst & 7) << 3 | 4,
             0x25,

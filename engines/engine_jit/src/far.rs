@@ -16,6 +16,7 @@ use crate::flags;
 use crate::layout::{JUMP2_ENTRIES, JUMP2_HASH, JUMP2_SHIFT, TLB_USER, VcpuMem, jumps2_base, off};
 use crate::stubs::{I, SEARCH, Stubs, T};
 use std::mem::offset_of;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 
 /// Slots of a virtual machine; a power of two.
 pub const SLOTS: usize = 1 << 19;
@@ -35,14 +36,25 @@ pub const PAGES: usize = 1 << 16;
 /// Pages that showed up at a second linear address before an address space goes without windows.
 const ALIASES: u32 = 64;
 
+/// Where a page of code lies.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Page {
+    /// Its linear address; 0: not entered since the last flush.
+    linear: u64,
+    /// Where the windows have that.
+    host: u64,
+}
+
 /// See the module's description.
 #[repr(C)]
 pub struct Far {
-    slots: [u64; SLOTS],
+    /// Where each leads. Other vCPUs enter the exits of code that they have translated, before it can be reached.
+    slots: [AtomicU64; SLOTS],
     /// Exits that poll, as far as slots are in use.
-    polls: [u64; SLOTS],
+    polls: [AtomicU64; SLOTS],
     /// Where a slot leads that is not filled.
-    exits: [u64; SLOTS],
+    exits: [AtomicU64; SLOTS],
     /// Slots that were filled since they were last empty, `filled_bytes / 4` of them.
     filled: [u32; SLOTS],
     filled_bytes: u64,
@@ -51,12 +63,14 @@ pub struct Far {
     hosts: [u64; JUMPS],
     jumps_filled: Vec<u16>,
     /// Slots whose exits are known here, and the clearing of the code cache since which they are.
-    known: (usize, u64),
+    known: (AtomicUsize, u64),
+    /// The vCPU has or had windows, and wants to know of slots that others add.
+    listens: AtomicBool,
     strays: u32,
     /// Invalidations of code when slots were last emptied for them.
     epoch: u64,
-    /// Linear addresses of pages of code by number; 0: not entered since the last flush.
-    pages: [u64; PAGES],
+    /// Pages of code by number.
+    pages: [Page; PAGES],
     /// Those that are not 0.
     entered: Vec<u16>,
     /// Pages that were entered at two addresses.
@@ -109,7 +123,7 @@ impl Far {
         }
         self.jumps_filled.clear();
         for n in self.entered.drain(..) {
-            self.pages[usize::from(n)] = 0;
+            self.pages[usize::from(n)].linear = 0;
         }
         self.flushes += 1;
     }
@@ -118,7 +132,7 @@ impl Far {
         let count = self.filled_bytes as usize / 4;
         for &n in self.filled.iter().take(count) {
             let n = n as usize % SLOTS;
-            self.slots[n] = self.exits[n];
+            self.slots[n].store(self.exits[n].load(Relaxed), Relaxed);
         }
         self.filled_bytes = 0;
         self.strays = 0;
@@ -142,14 +156,20 @@ impl Far {
         (self.tags[i] == tag(pc) && i != 0 && host != 0).then_some(host)
     }
 
-    /// Page number `n` of code is about to be entered, at linear address `linear`, which is not 0.
-    pub fn enter_page(&mut self, n: u16, linear: u64) -> Entered {
+    /// Page number `n` of code has been entered, at linear address `linear`.
+    pub fn entered(&self, n: u16, linear: u64) -> bool {
+        self.pages[usize::from(n)].linear == linear
+    }
+
+    /// Page number `n` of code is about to be entered, at linear address `linear`, which is not 0, and whose place in a window is
+    /// `host`.
+    pub fn enter_page(&mut self, n: u16, linear: u64, host: u64) -> Entered {
         let page = &mut self.pages[usize::from(n)];
-        if *page == linear {
+        if page.linear == linear {
             return Entered::Known;
         }
-        if *page == 0 {
-            *page = linear;
+        if page.linear == 0 {
+            *page = Page { linear, host };
             self.entered.push(n);
             return Entered::Known;
         }
@@ -163,7 +183,7 @@ impl Far {
 
     /// Linear address of a page of code that was entered.
     pub fn page(&self, n: u16) -> u64 {
-        self.pages[usize::from(n)]
+        self.pages[usize::from(n)].linear
     }
 
     /// A target had to be found in Rust, after `epoch` invalidations of code. Only if there were any since
@@ -180,21 +200,52 @@ impl Far {
     }
 
     /// A slot was given to code whose exit is at `exit`, which polls too.
-    pub fn add(&mut self, slot: usize, exit: u64) {
-        if slot < SLOTS {
-            self.slots[slot] = exit;
-            self.exits[slot] = exit;
-            self.polls[slot] = exit;
-            self.known.0 = slot + 1;
+    pub fn add(&self, slot: usize, exit: u64) {
+        let [Some(to), Some(poll), Some(leads)] =
+            [&self.slots, &self.polls, &self.exits].map(|all| all.get(slot))
+        else {
+            return;
+        };
+        for word in [to, poll, leads] {
+            word.store(exit, Relaxed);
+        }
+        self.known.0.store(slot + 1, Relaxed);
+    }
+
+    /// The same, by the vCPU that has translated the code, to one that may be running. The caller has the code cache.
+    ///
+    /// # Safety
+    /// `this` is valid for as long as this takes; its owner touches `slots`, `polls`, `exits`, `known.0` and `listens` atomically
+    /// only.
+    #[expect(
+        unsafe_code,
+        reason = "the owner may be running, and change other fields"
+    )]
+    pub unsafe fn tell(this: *const Far, slot: usize, exit: u64) {
+        // SAFETY: the caller's promise; references are made to atomic fields only.
+        unsafe {
+            if slot >= SLOTS || !(*this).listens.load(Relaxed) {
+                return;
+            }
+            for field in [
+                &raw const (*this).slots,
+                &raw const (*this).polls,
+                &raw const (*this).exits,
+            ] {
+                (*field.cast::<AtomicU64>().add(slot)).store(exit, Relaxed);
+            }
+            (*this).known.0.store(slot + 1, Relaxed);
         }
     }
 
     /// The slots of all code, `exits` by number, after the cache was cleared `clears` times.
     pub fn learn(&mut self, exits: &[u64], clears: u64) {
+        self.listens.store(true, Relaxed);
         if self.known.1 != clears {
-            self.known = (0, clears);
+            self.known = (AtomicUsize::new(0), clears);
         }
-        for (slot, &exit) in exits.iter().enumerate().skip(self.known.0) {
+        let known = self.known.0.load(Relaxed);
+        for (slot, &exit) in exits.iter().enumerate().skip(known) {
             self.add(slot, exit);
         }
     }
@@ -219,7 +270,16 @@ pub fn slot(n: u32, back: bool) -> Mem {
 
 /// Where the linear address of a page of code is.
 pub fn page(n: u16) -> Mem {
-    Mem::Gs(far(offset_of!(Far, pages)) + 8 * i32::from(n))
+    Mem::Gs(page_at(n, offset_of!(Page, linear)))
+}
+
+/// Where its host address is.
+pub fn page_host(n: u16) -> Mem {
+    Mem::Gs(page_at(n, offset_of!(Page, host)))
+}
+
+fn page_at(n: u16, field: usize) -> i32 {
+    far(offset_of!(Far, pages) + field) + size_of::<Page>() as i32 * i32::from(n)
 }
 
 /// Where RCX is kept over comparisons: in the red zone of the host's stack, as processors rename such memory, so

@@ -124,9 +124,7 @@ pub struct VcpuMem {
     pub fault_at: u64,
     /// [`crate::far::JUMP_MASK`], or 0 while the attention flag is up.
     pub jump_mask: AtomicU64,
-    /// [`crate::window::MASKS`].
-    pub window_masks: [u64; 2],
-    /// [`crate::window::PLACES`].
+    /// What is added to a linear address to get its host address, plus [`crate::window::SHIFT`], by kind of window.
     pub window_places: [u64; 2],
     /// This block's own address.
     pub this: u64,
@@ -196,7 +194,6 @@ offsets! {
     FAULT_FLAGS = fault.flags;
     FAULT_AT = fault_at;
     JUMP_MASK = jump_mask;
-    WINDOW_MASKS = window_masks;
     WINDOW_PLACES = window_places;
     THIS = this;
     CODE_MAP = code_map;

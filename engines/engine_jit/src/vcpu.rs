@@ -157,10 +157,12 @@ impl EngineVcpu for JitVcpu {
 
 impl Drop for JitVcpu {
     fn drop(&mut self) {
-        // Whoever can kick the vCPU keeps its memory alive, but another may have the windows now.
+        // Whoever can kick the vCPU keeps its memory alive, but another may have its place for windows now.
         self.world.enter(&self.mem);
-        // SAFETY: as in `entered`.
-        unsafe { (*self.mem.mem()).caches.windows.release() };
+        // SAFETY: as in `entered`; nothing else refers to the caches.
+        let windows = unsafe { &mut (*self.mem.mem()).caches.windows };
+        windows.release();
+        windows.forget_memory();
         self.world.leave(&self.mem);
         if let Some(path) = std::env::var_os("ANYKVM_JIT_DUMP")
             && let Err(e) = std::fs::write(path, self.world.cache_outside().arena.bytes())

@@ -3,177 +3,100 @@
 //!
 //! A guest's linear address and the place of its window make a host address by addition. Before an address is used so,
 //! it is *checked*: its upper bits (SHRX) index a page that can be read if they are right, among reserved
-//! address space that faults if they are not ([`CHECKS`]). Or PDEP *spreads* it ([`MASKS`]), so that a wrong one
-//! makes a sum that is no user address of the host. Neither touches EFLAGS. So whatever a guest comes up with, the host
-//! address lies in a window, in memory around it that is reserved and not accessible, or the host faults; then
+//! address space that faults if they are not ([`CHECKS`]). Nothing that does so touches EFLAGS, and nothing waits for what is
+//! read. So whatever a guest comes up with, the host
+//! address lies in a window, in memory around it that nobody else has, or the host faults; then
 //! the guest's page tables say what comes of it. How an address was checked holds for what lies up to [`REACH`] from it.
 //!
-//! There are two kinds. [`HIGH`] is for 0x4000_0000_0000 and above: libraries, stacks, what is mapped, and
-//! position-independent programs. Its window is the lower half of the host's user address space; the upper half has all that
-//! Linux maps without being told where. [`LOW`] is for the first 16 TiB: other programs and their heaps.
+//! There are two kinds. [`HIGH`] is for the upper half of the user's addresses: libraries, stacks, what is mapped, and
+//! position-independent programs. [`LOW`] is for the first 16 TiB: other programs and their heaps. A window consists of the units
+//! that the guest uses, at a place of the vCPU's own; [`places`] has where they lie on the host.
 //!
-//! One guest address space at a time has windows in a process. What is mapped is what a processor's TLB may hold:
+//! One guest address space at a time has windows of a vCPU. What is mapped is what a processor's TLB may hold:
 //! entries of the guest's page tables that were accessed (dirty, if they can be written). A flush compares the
 //! page tables with copies of what was mapped from, and unmaps what has changed.
-#![expect(
-    unsafe_code,
-    reason = "maps guest RAM where emitted code looks for it, and reads page tables"
-)]
+#![expect(unsafe_code, reason = "maps guest RAM where emitted code looks for it")]
 
 use crate::layout::VcpuMem;
 use crate::ram_files::Files;
 use crate::signal;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use x86emu::env::RamRange;
-use x86emu::paging::entry::{A, ADDR, D, P, RW, US};
+use x86emu::paging::entry::{ADDR, P, US};
 
-/// The window for linear addresses from 0x4000_0000_0000 on.
+mod places;
+mod table;
+
+pub use places::REACH;
+use places::{NOTHING, Places, UNIT, Units, bit as unit_bit, each, kind_of, start_of, unit_of};
+use table::{REGION, Table, bit, put, read};
+
+/// The window for linear addresses from 0x3f80_0000_0000 on.
 pub const HIGH: usize = 0;
-/// The window for linear addresses below 16 TiB.
+/// The window for linear addresses below 0x1080_0000_0000.
 pub const LOW: usize = 1;
 
-/// First linear address, and end, of the high window.
-const HIGH_START: u64 = 1 << 46;
-const HIGH_END: u64 = 1 << 47;
-/// End of the low window.
-const LOW_END: u64 = 1 << 44;
-/// Where the low window lies on the host: behind the high one.
-const LOW_AT: u64 = (1 << 46) + (1 << 30);
-
-/// By how much the check of an address shifts it. The low bits of [`PLACES`], as SHRX takes its count from a register.
-pub const SHIFTS: [u64; 2] = [34, 32];
-/// The host address of linear address 0, plus the shift.
-pub const PLACES: [u64; 2] = [SHIFTS[HIGH].wrapping_sub(HIGH_START), SHIFTS[LOW] + LOW_AT];
-/// The masks of PDEP.
-pub const MASKS: [u64; 2] = [!HIGH_END, (LOW_END - 1) | (u64::MAX << 47)];
-/// Offset in [`VcpuMem`]'s mapping of what the shifted addresses index.
-pub const CHECKS: [i32; 2] = [48 << 20, (48 << 20) + (1 << 30)];
-/// Offsets of the pages there that can be read.
-pub const CHECK_PAGES: [usize; 2] = [
-    CHECKS[HIGH] as usize + (HIGH_START >> SHIFTS[HIGH]) as usize,
-    CHECKS[LOW] as usize,
+/// By how much the check of an address shifts it. The low bits of a window's place too, as SHRX takes its count from a
+/// register.
+pub const SHIFT: u64 = 31;
+/// Bytes that the checks of one unit index: words, of which emitted code reads one byte.
+const PAGE: usize = 4096;
+/// Offset in [`VcpuMem`]'s mapping of the page for unit 0, by kind. What one kind has there beyond the user's addresses
+/// overlaps the other's: non-canonical addresses, which pass, but lead to such on the host.
+const CHECK_PAGES: [usize; 2] = [48 << 20, (48 << 20) + (1 << 30)];
+/// Offset of what shifted addresses index, 8 bytes each: units start in the middle of a TiB.
+pub const CHECKS: [i32; 2] = [
+    (CHECK_PAGES[HIGH] + PAGE / 2) as i32,
+    (CHECK_PAGES[LOW] + PAGE / 2) as i32,
 ];
 /// The size of [`VcpuMem`] with all of that.
-pub const WITH_CHECKS: usize = CHECKS[LOW] as usize + (1 << 32);
-const _: () = assert!(size_of::<VcpuMem>() <= CHECKS[HIGH] as usize);
-const _: () = assert!(CHECKS[HIGH] as u64 + (1 << (64 - SHIFTS[HIGH])) <= CHECKS[LOW] as u64);
-
-/// The most that may be added to or taken from an address behind PDEP.
-pub const REACH: i64 = 1 << 20;
+pub const WITH_CHECKS: usize = CHECK_PAGES[LOW] + PAGE + (8 << (64 - SHIFT));
+const _: () = assert!(size_of::<VcpuMem>() <= CHECK_PAGES[HIGH]);
+const _: () = assert!(8 << (40 - SHIFT) == PAGE);
 
 /// Page tables that are mapped from at most, of 2 MiB each.
 const MAX_TABLES: usize = 1024;
-/// Mappings made since all were dropped after which all are: Linux allows a process 65,530.
+/// Mappings made in all windows since they were dropped after which they are: Linux allows a process 65,530.
 const MAX_RUNS: usize = 24_000;
 /// Runs of pages that one fault maps at most.
 const RUNS_PER_FAULT: usize = 16;
-const REGION: u64 = 1 << 21;
 
-/// The host address of a linear address that lies in a window.
-pub fn host_of(gva: u64) -> Option<u64> {
-    match gva {
-        HIGH_START..HIGH_END => Some(gva - HIGH_START),
-        0..LOW_END => Some(LOW_AT + gva),
-        _ => None,
+/// Those mappings, and how many vCPUs have windows.
+static RUNS: AtomicUsize = AtomicUsize::new(0);
+static OWNERS: AtomicUsize = AtomicUsize::new(0);
+
+/// An address that a check has found wrong.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct FailedCheck {
+    /// The window that it was checked for.
+    pub kind: usize,
+    /// An address near, within 2 GiB, as far as it is known.
+    pub near: u64,
+}
+
+impl FailedCheck {
+    /// What a read `at` bytes into the vCPU's mapping, which faulted, has checked.
+    pub fn at(at: u64) -> Option<FailedCheck> {
+        let of = |kind: usize| {
+            let index = at.wrapping_sub(CHECKS[kind] as u64) >> 3;
+            (index < 1 << (64 - SHIFT)).then_some(FailedCheck {
+                kind,
+                near: index << SHIFT,
+            })
+        };
+        // Only non-canonical addresses of the high kind look like the low one's.
+        of(LOW).or_else(|| of(HIGH))
+    }
+
+    /// The window that the address may be in.
+    pub fn belongs(self) -> Option<usize> {
+        kind_of(unit_of(self.near))
     }
 }
 
-/// The linear address of a host address in a window.
-pub fn guest_of(host: u64) -> Option<u64> {
-    let low = host.wrapping_sub(LOW_AT);
-    match host {
-        0..HIGH_START => Some(host + HIGH_START),
-        _ => (low < LOW_END).then_some(low),
-    }
-}
-
-/// What is left of an address that a check has found wrong, `at` bytes into the vCPU's mapping, for which
-/// window; and whether it lies in the other one.
-pub fn failed_check(at: u64) -> Option<(usize, bool)> {
-    let of = |kind: usize| at.wrapping_sub(CHECKS[kind] as u64);
-    if of(LOW) < 1 << 32 {
-        let high = HIGH_START >> SHIFTS[LOW]..HIGH_END >> SHIFTS[LOW];
-        return Some((LOW, high.contains(&of(LOW))));
-    }
-    (of(HIGH) < 1 << 30).then(|| (HIGH, of(HIGH) < LOW_END >> SHIFTS[HIGH]))
-}
-
-/// Reserves the windows and the surroundings that a displacement can reach, for good. False if something lies
-/// there.
-fn reserved() -> bool {
-    static RESERVED: OnceLock<bool> = OnceLock::new();
-    *RESERVED.get_or_init(|| {
-        let margin = REACH as u64 + 4096;
-        let all = [
-            (lowest(), HIGH_START + margin),
-            (LOW_AT - margin, LOW_AT + LOW_END + margin),
-        ];
-        for (i, &(start, end)) in all.iter().enumerate() {
-            if !reserve(start, end) {
-                for &(start, end) in &all[..i] {
-                    // SAFETY: reserved just now, and used by nobody.
-                    unsafe { libc::munmap(start as *mut _, (end - start) as usize) };
-                }
-                log::debug!("engine_jit: no windows: {start:#x}-{end:#x} cannot be reserved");
-                return false;
-            }
-        }
-        true
-    })
-}
-
-/// Unmaps everything in all windows, which needs no room for more mappings.
-fn empty() {
-    for (start, end) in [(lowest(), HIGH_START), (LOW_AT, LOW_AT + LOW_END)] {
-        let len = end - start;
-        let flags = NOTHING | libc::MAP_FIXED;
-        // SAFETY: all of it is reserved for windows, which only emitted code accesses.
-        let done =
-            unsafe { libc::mmap(start as *mut _, len as usize, libc::PROT_NONE, flags, -1, 0) };
-        if done == libc::MAP_FAILED {
-            log::error!("engine_jit: the host cannot unmap guest memory: out of memory");
-            // What stays mapped may belong to another guest process by now.
-            std::process::abort();
-        }
-    }
-}
-
-/// The lowest address that a program may map.
-fn lowest() -> u64 {
-    static LOWEST: OnceLock<u64> = OnceLock::new();
-    *LOWEST.get_or_init(|| {
-        std::fs::read_to_string("/proc/sys/vm/mmap_min_addr")
-            .ok()
-            .and_then(|s| s.trim().parse::<u64>().ok())
-            .unwrap_or(0)
-            .clamp(1 << 16, 1 << 30)
-            .next_multiple_of(4096)
-    })
-}
-
-const NOTHING: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-
-fn reserve(start: u64, end: u64) -> bool {
-    let flags = NOTHING | libc::MAP_FIXED_NOREPLACE;
-    let len = (end - start) as usize;
-    // SAFETY: takes no address that is in use; a kernel that does not know the flag may choose
-    // another, which is given back.
-    unsafe {
-        let at = libc::mmap(start as *mut _, len, libc::PROT_NONE, flags, -1, 0);
-        if at == libc::MAP_FAILED {
-            return false;
-        }
-        if at as u64 != start {
-            libc::munmap(at, len);
-            return false;
-        }
-    }
-    true
-}
-
-/// Whether PDEP is one fast instruction on this host: it is microcode on AMD's before Zen 3.
-fn pdep_is_fast() -> bool {
+/// Whether PEXT, with which [`crate::far`] looks for targets, is one fast instruction on this host: it is microcode on AMD's before Zen 3.
+fn pext_is_fast() -> bool {
     use std::arch::x86_64::__cpuid;
     if !std::arch::is_x86_feature_detected!("bmi2") {
         return false;
@@ -193,25 +116,6 @@ fn variable() -> Option<std::ffi::OsString> {
     std::env::var_os("ANYKVM_WINDOWS")
 }
 
-/// Some window is in use in this process.
-static LEASED: AtomicBool = AtomicBool::new(false);
-
-/// What is mapped of 2 MiB of linear addresses.
-struct Table {
-    /// First linear address.
-    base: u64,
-    /// The entries above, from CR3 on: where each lies on the host, and what it was.
-    path: [(*const AtomicU64, u64); 3],
-    /// The page table on the host; null if the last entry of the path maps a large page.
-    entries: *const AtomicU64,
-    /// The table as it was when it was last looked at.
-    seen: Box<[u64; 512]>,
-    /// Pages that are mapped.
-    mapped: [u64; 8],
-    /// Those among them that may be written.
-    written: [u64; 8],
-}
-
 /// Why an access cannot be mapped.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Refusal {
@@ -221,6 +125,8 @@ pub enum Refusal {
     Guest,
     /// It is not memory that can be mapped so.
     Memory,
+    /// Its place on the host is another vCPU's: windows have to move.
+    Crowded,
 }
 
 /// What the windows need of the vCPU that they belong to.
@@ -238,6 +144,11 @@ pub trait Memory {
 /// The windows of a vCPU, or none.
 #[derive(Default)]
 pub struct Windows {
+    /// The vCPU's memory, with the pages of checks; 0: it has none.
+    vcpu: u64,
+    places: Places,
+    /// Units whose check passes.
+    open: Units,
     /// CR3 of the address space that has them, bit 0 set; 0: none has.
     owner: u64,
     /// Page tables must be compared before they are used again.
@@ -246,7 +157,6 @@ pub struct Windows {
     pub low: bool,
     /// RSP was seen outside the high window.
     odd_stack: bool,
-    forbidden: bool,
     unusable: bool,
     tables: Vec<Table>,
     runs: usize,
@@ -260,78 +170,11 @@ pub struct Windows {
 // SAFETY: the pointers are into guest RAM, which stays mapped until `drop_all`; they are read atomically.
 unsafe impl Send for Windows {}
 
-fn read(p: *const AtomicU64) -> u64 {
-    // SAFETY: `p` is the address of an entry in guest RAM; see `Table`.
-    unsafe { (*p).load(Ordering::Relaxed) }
-}
-
-fn bit(set: &[u64; 8], i: usize) -> bool {
-    set[i / 64] & 1 << (i % 64) != 0
-}
-
-fn put(set: &mut [u64; 8], i: usize, value: bool) {
-    let mask = 1 << (i % 64);
-    if value {
-        set[i / 64] |= mask;
-    } else {
-        set[i / 64] &= !mask;
-    }
-}
-
-impl Table {
-    fn path_holds(&self) -> bool {
-        // Accessed and dirty bits of upper levels say nothing.
-        self.path
-            .iter()
-            .all(|&(p, was)| (read(p) ^ was) & !(A | D) == 0)
-    }
-
-    fn entry(&self, i: usize) -> u64 {
-        if self.entries.is_null() {
-            // A page of 2 MiB, as if a table had its parts.
-            let large = read(self.path[2].0);
-            return large & !(REGION - 1) & ADDR | large & (P | RW | US | A | D) | (i as u64) << 12;
-        }
-        // SAFETY: `i` is below 512, and the page holds as many entries.
-        read(unsafe { self.entries.add(i) })
-    }
-
-    /// What of an entry allows: to be mapped, to be written.
-    fn rights(&self, entry: u64) -> (bool, bool) {
-        let writable = self.path.iter().all(|e| e.1 & RW != 0);
-        let need = P | US | A;
-        let ok = entry & need == need;
-        (ok, ok && writable && entry & (RW | D) == RW | D)
-    }
-
-    /// The entry of a mapped page still allows what is mapped; else the page is taken for unmapped.
-    fn holds(&mut self, i: usize) -> bool {
-        let (now, was) = (self.entry(i), self.seen[i]);
-        if now == was {
-            return true;
-        }
-        self.seen[i] = now;
-        let (readable, writable) = self.rights(now);
-        let same = was & ADDR == now & ADDR;
-        let holds = readable && same && (writable || !bit(&self.written, i));
-        if !holds {
-            put(&mut self.mapped, i, false);
-            put(&mut self.written, i, false);
-        }
-        holds
-    }
-
-    fn host(&self, i: usize) -> u64 {
-        // Only what lies in a window has a table.
-        host_of(self.base).unwrap_or(LOW_AT) + (i as u64) * 4096
-    }
-}
-
 impl Windows {
     /// The host can have windows at all.
     pub fn possible() -> bool {
         static POSSIBLE: OnceLock<bool> = OnceLock::new();
-        *POSSIBLE.get_or_init(|| variable() != Some("0".into()) && pdep_is_fast())
+        *POSSIBLE.get_or_init(|| variable() != Some("0".into()) && pext_is_fast())
     }
 
     /// Every address space is to have them at once, whatever they cost: for tests.
@@ -340,15 +183,16 @@ impl Windows {
         *ALWAYS.get_or_init(|| variable() == Some("always".into()))
     }
 
-    /// Lets this vCPU never have windows.
-    pub fn forbid(&mut self, forbid: bool) {
-        self.forbidden = forbid;
+    /// Windows of a vCPU whose memory, with pages for checks, is at `vcpu`.
+    pub fn new(vcpu: u64) -> Windows {
+        let mut windows = Windows::default();
+        windows.vcpu = vcpu;
+        windows
     }
 
     /// This vCPU cannot have windows now.
     pub fn hopeless(&self) -> bool {
-        let elsewhere = self.owner == 0 && LEASED.load(Ordering::Relaxed);
-        self.forbidden || self.unusable || elsewhere
+        self.vcpu == 0 || self.unusable
     }
 
     /// The guest's RAM, of which the page at `gpa` is part, can be mapped a second time. If not, that is remembered
@@ -365,26 +209,78 @@ impl Windows {
         !self.unusable
     }
 
-    /// Takes the windows for an address space. False if they are in use, or cannot be had.
-    pub fn take(&mut self, cr3: u64) -> bool {
-        if self.forbidden || !signal::faults_arrive() {
-            return false;
+    /// Takes the windows for an address space; what emitted code adds to linear addresses, by kind. `None` if there is no room, or
+    /// they cannot be had. Whatever was derived from where they were must be forgotten.
+    pub fn take(&mut self, memory: &mut dyn Memory, cr3: u64) -> Option<[u64; 2]> {
+        if self.vcpu == 0 || !signal::faults_arrive() || !places::reserved() {
+            return None;
         }
         if self.owner == 0 {
-            if LEASED.swap(true, Ordering::AcqRel) {
-                return false;
-            }
-            if !reserved() {
-                // For good: nobody has to try again.
-                return false;
-            }
-        } else {
-            self.drop_all();
+            OWNERS.fetch_add(1, Ordering::Relaxed);
         }
+        self.drop_all();
         self.owner = key(cr3);
-        self.stale = true;
+        if !self.places.take(used_units(memory, cr3)) || !self.open() {
+            self.release();
+            return None;
+        }
         self.odd_stack = false;
+        Some([HIGH, LOW].map(|kind| self.places.offset(kind).wrapping_add(SHIFT)))
+    }
+
+    /// Lets the checks of all units pass that it has, and no others. False if the host is out of memory.
+    fn open(&mut self) -> bool {
+        for kind in [HIGH, LOW] {
+            let (want, have) = (self.places.units()[kind], self.open[kind]);
+            for unit in each(kind, want ^ have) {
+                let set = unit_bit(unit);
+                let opens = want & set != 0;
+                let protection = if opens {
+                    libc::PROT_READ
+                } else {
+                    libc::PROT_NONE
+                };
+                let page = self.vcpu as usize + CHECK_PAGES[kind] + unit as usize * PAGE;
+                // SAFETY: a page of the vCPU's mapping that nothing but checks of emitted code reads.
+                if unsafe { libc::mprotect(page as *mut _, PAGE, protection) } == 0 {
+                    self.open[kind] ^= set;
+                } else if opens {
+                    return false;
+                } else {
+                    out_of_memory();
+                }
+            }
+        }
         true
+    }
+
+    /// Lets checks of addresses near `near` pass, which lie in a unit that was not used before.
+    pub fn extend(&mut self, memory: &mut dyn Memory, near: u64) -> Result<(), Refusal> {
+        let unit = unit_of(near);
+        let kind = kind_of(unit).ok_or(Refusal::Outside)?;
+        if self.open[kind] & unit_bit(unit) != 0 {
+            return Err(Refusal::Memory);
+        }
+        if used_units(memory, self.owner)[kind] & unit_bit(unit) == 0 {
+            return Err(Refusal::Guest);
+        }
+        if !self.places.add(unit) || !self.open() {
+            return Err(Refusal::Crowded);
+        }
+        Ok(())
+    }
+
+    /// The linear address of a host address.
+    pub fn guest_of(&self, host: u64) -> Option<u64> {
+        self.places.guest_of(host)
+    }
+
+    /// The host address of a page of code, from which what lies near can be accessed. `None`: it is in no window.
+    pub fn code_page(&mut self, memory: &mut dyn Memory, gva: u64) -> Option<u64> {
+        if !self.places.has(unit_of(gva)) {
+            self.extend(memory, gva).ok()?;
+        }
+        self.places.host_of(gva)
     }
 
     /// The address space of `cr3` has them.
@@ -394,7 +290,8 @@ impl Windows {
 
     /// Their owner is about to run with this stack pointer. True if RSP cannot be relied on to lie in the high window.
     pub fn odd_stack(&mut self, rsp: u64) -> bool {
-        self.odd_stack |= !(HIGH_START..HIGH_END).contains(&rsp);
+        let unit = unit_of(rsp);
+        self.odd_stack |= kind_of(unit) != Some(HIGH) || !self.places.has(unit);
         self.odd_stack
     }
 
@@ -406,9 +303,11 @@ impl Windows {
     /// Gives the windows back.
     pub fn release(&mut self) {
         if self.owner != 0 {
-            self.forget_memory();
+            self.drop_all();
             self.owner = 0;
-            LEASED.store(false, Ordering::Release);
+            self.places.release();
+            self.open();
+            OWNERS.fetch_sub(1, Ordering::Relaxed);
         }
     }
 
@@ -491,13 +390,13 @@ impl Windows {
         {
             self.unmap(at, pages);
         }
-        self.runs = 0;
+        RUNS.fetch_sub(std::mem::take(&mut self.runs), Ordering::Relaxed);
         self.stale = true;
     }
 
     /// Takes the right to write guest-physical memory back.
     pub fn unwrite(&mut self, gpa: u64, len: u64) {
-        let mut done = true;
+        let (mut done, mut runs) = (true, 0);
         for t in &mut self.tables {
             if t.written == [0; 8] {
                 continue;
@@ -513,17 +412,58 @@ impl Windows {
                     i += 1;
                     continue;
                 }
-                self.runs += 1;
+                runs += 1;
                 let len = (i - first) * 4096;
                 // SAFETY: pages of a window, which only emitted code accesses.
                 done &=
                     unsafe { libc::mprotect(t.host(first) as *mut _, len, libc::PROT_READ) } == 0;
             }
         }
+        self.count_runs(runs);
         if !done {
             // There are too many mappings to split one.
-            self.tables.clear();
-            empty();
+            self.empty();
+        }
+    }
+
+    fn count_runs(&mut self, n: usize) {
+        self.runs += n;
+        RUNS.fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// Near the end of a unit only what nobody else can reach may be mapped: takes the neighbour.
+    fn extend_near(&mut self, gva: u64) -> Result<(), Refusal> {
+        let unit = unit_of(gva);
+        let neighbour = match gva.wrapping_sub(start_of(unit)) {
+            at if at < REACH as u64 => unit - 1,
+            at if at >= UNIT - REACH as u64 => unit + 1,
+            _ => return Ok(()),
+        };
+        if self.places.has(neighbour) && kind_of(neighbour) == kind_of(unit) {
+            return Ok(());
+        }
+        if kind_of(neighbour) != kind_of(unit) || !self.places.add(neighbour) || !self.open() {
+            return Err(Refusal::Memory);
+        }
+        Ok(())
+    }
+
+    /// Unmaps everything in all units, which needs no room for more mappings.
+    fn empty(&mut self) {
+        self.tables.clear();
+        RUNS.fetch_sub(std::mem::take(&mut self.runs), Ordering::Relaxed);
+        for kind in [HIGH, LOW] {
+            for unit in each(kind, self.places.units()[kind]) {
+                let at = start_of(unit).wrapping_add(self.places.offset(kind));
+                let flags = NOTHING | libc::MAP_FIXED;
+                // SAFETY: a unit of a window, which only emitted code accesses.
+                let done = unsafe {
+                    libc::mmap(at as *mut _, UNIT as usize, libc::PROT_NONE, flags, -1, 0)
+                };
+                if done == libc::MAP_FAILED {
+                    out_of_memory();
+                }
+            }
         }
     }
 
@@ -531,26 +471,26 @@ impl Windows {
         self.mappings += 1;
         if pages < 512 {
             // What is left on both sides is two mappings now.
-            self.runs += 1;
+            self.count_runs(1);
         }
         let flags = NOTHING | libc::MAP_FIXED;
         // SAFETY: part of a window: only emitted code accesses it, and expects faults.
         let done = unsafe { libc::mmap(at as *mut _, pages * 4096, libc::PROT_NONE, flags, -1, 0) };
         if done == libc::MAP_FAILED {
             // There are too many mappings to split one.
-            self.tables.clear();
-            empty();
+            self.empty();
         }
     }
 
     /// Maps what an access faulted on, and what lies around it.
     pub fn map(&mut self, memory: &mut dyn Memory, gva: u64, write: bool) -> Result<(), Refusal> {
-        let host = host_of(gva).ok_or(Refusal::Outside)?;
-        if host & !(REGION - 1) < lowest() {
-            // A privileged process may map these pages, but null pointers of its own must not lead to the guest.
-            return Err(Refusal::Memory);
+        if !self.places.has(unit_of(gva)) {
+            return Err(Refusal::Outside);
         }
-        if self.runs > MAX_RUNS || self.tables.len() >= MAX_TABLES {
+        self.extend_near(gva)?;
+        let all = RUNS.load(Ordering::Relaxed);
+        let too_many = all > MAX_RUNS && self.runs >= all / OWNERS.load(Ordering::Relaxed).max(1);
+        if too_many || self.tables.len() >= MAX_TABLES {
             self.drop_all();
             self.stale = false;
         }
@@ -656,7 +596,7 @@ impl Windows {
             self.unmap(at, end - first);
             return None;
         }
-        self.runs += 1;
+        self.count_runs(1);
         self.mappings += 1;
         Some(end)
     }
@@ -672,39 +612,36 @@ impl Windows {
             let at = self.tables.swap_remove(n).host(0);
             self.unmap(at, 512);
         }
-        let mut path = [(std::ptr::null(), 0); 3];
-        let mut next = self.owner & ADDR;
-        for (level, step) in path.iter_mut().enumerate() {
-            let index = (gva >> (39 - 9 * level)) as usize & 511;
-            // SAFETY: within the page.
-            let at = unsafe { memory.page(next)?.cast::<AtomicU64>().add(index) };
-            let entry = read(at);
-            let large = entry & 1 << 7 != 0;
-            if entry & (P | US) != P | US || large && level < 2 {
-                return None;
-            }
-            *step = (at, entry);
-            next = entry & ADDR;
-        }
-        let entries = if path[2].1 & 1 << 7 != 0 {
-            std::ptr::null()
-        } else {
-            memory.page(next)?.cast()
-        };
-        let mut table = Table {
-            base,
-            path,
-            entries,
-            seen: Box::new([0; 512]),
-            mapped: [0; 8],
-            written: [0; 8],
-        };
-        for i in 0..512 {
-            table.seen[i] = table.entry(i);
-        }
+        let host = self.places.host_of(base)?;
+        let table = Table::new(memory, self.owner & ADDR, gva, host)?;
         self.tables.push(table);
         Some(self.tables.len() - 1)
     }
+}
+
+/// What stays mapped, or passes a check, may belong to another guest process by now.
+fn out_of_memory() -> ! {
+    log::error!("engine_jit: the host cannot unmap guest memory: out of memory");
+    std::process::abort();
+}
+
+/// Units that an address space may have something in, as far as page-map level 4 tells.
+fn used_units(memory: &mut dyn Memory, cr3: u64) -> Units {
+    let mut units = [0; 2];
+    let Some(root) = memory.page(cr3 & ADDR) else {
+        return units;
+    };
+    for i in 0..256 {
+        // SAFETY: within the page.
+        let entry = read(unsafe { root.cast::<AtomicU64>().add(i) });
+        let unit = unit_of((i as u64) << 39);
+        if entry & (P | US) == P | US
+            && let Some(kind) = kind_of(unit)
+        {
+            units[kind] |= unit_bit(unit);
+        }
+    }
+    units
 }
 
 /// An address space, as a number that is not 0.

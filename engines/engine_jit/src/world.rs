@@ -11,13 +11,14 @@
 use crate::arena::Arena;
 use crate::asm::Asm;
 use crate::cache::Cache;
+use crate::far::Far;
 use crate::layout::VcpuMem;
 use crate::shadow::Shadow;
 use crate::stubs::{self, Helpers};
 use crate::tlb::Caches;
 use crate::window;
 use kvm_core::engine::{EngineError, Kick};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError, Weak};
 
 /// Code memory per VM.
@@ -84,11 +85,36 @@ impl Drop for CodeMap {
     }
 }
 
+/// vCPUs of a process that can have windows: more would take too much of its address space for their checks.
+const MAX_CHECKED: usize = 64;
+static CHECKED: AtomicUsize = AtomicUsize::new(0);
+
+/// One of them.
+struct Checked;
+
+impl Checked {
+    fn new() -> Option<Checked> {
+        let more = |n: usize| (n < MAX_CHECKED).then_some(n + 1);
+        CHECKED
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)
+            .ok()
+            .map(|_| Checked)
+    }
+}
+
+impl Drop for Checked {
+    fn drop(&mut self) {
+        CHECKED.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// A vCPU's memory, page-aligned and zeroed, with its place in the world.
 pub struct VcpuBox {
     mem: *mut VcpuMem,
     /// Bytes mapped there.
     mapped: usize,
+    /// With the checks of windows.
+    _checks: Option<Checked>,
     /// In [`crate::run`], so it may hold host pointers and be in translated code.
     pub running: AtomicBool,
 }
@@ -118,18 +144,15 @@ impl VcpuBox {
             let rw = libc::PROT_READ | libc::PROT_WRITE;
             // With what the checks of windows read behind it, if there is address space for it.
             let mut mapped = window::WITH_CHECKS;
-            let mut mem = map(mapped, libc::PROT_NONE);
-            let checks = mem != libc::MAP_FAILED;
-            if checks {
-                let mut parts = window::CHECK_PAGES
-                    .map(|at| (at, 4096, libc::PROT_READ))
-                    .to_vec();
-                parts.push((0, size_of::<VcpuMem>(), rw));
-                for (at, size, protection) in parts {
-                    if libc::mprotect(mem.byte_add(at), size, protection) != 0 {
-                        libc::munmap(mem, mapped);
-                        return Err(EngineError::OutOfMemory);
-                    }
+            let checks = Checked::new();
+            let mut mem = match checks {
+                Some(_) => map(mapped, libc::PROT_NONE),
+                None => libc::MAP_FAILED,
+            };
+            if mem != libc::MAP_FAILED {
+                if libc::mprotect(mem, size_of::<VcpuMem>(), rw) != 0 {
+                    libc::munmap(mem, mapped);
+                    return Err(EngineError::OutOfMemory);
                 }
             } else {
                 mapped = size_of::<VcpuMem>();
@@ -138,17 +161,19 @@ impl VcpuBox {
             if mem == libc::MAP_FAILED {
                 return Err(EngineError::OutOfMemory);
             }
+            let checks = checks.filter(|_| mapped == window::WITH_CHECKS);
             let mem = mem.cast::<VcpuMem>();
             (&raw mut (*mem).cpu).write(x86emu::state::CpuState::default());
             crate::tlb::Caches::init(&raw mut (*mem).caches, shadow, stubs.far.leave);
             (*mem).jump_mask = AtomicU64::new(crate::far::JUMP_MASK);
             (*mem).this = mem as u64;
             (*mem).host_mxcsr = 0x1f80;
-            (*mem).window_masks = window::MASKS;
-            (*mem).window_places = window::PLACES;
-            (*mem).caches.windows.forbid(!checks);
+            if checks.is_some() {
+                (*mem).caches.windows = window::Windows::new(mem as u64);
+            }
             Ok(VcpuBox {
                 mem,
+                _checks: checks,
                 mapped,
                 running: AtomicBool::new(false),
             })
@@ -345,6 +370,22 @@ impl World {
             f(unsafe { &mut (*v.mem()).caches });
         }
         self.stop.store(false, Ordering::SeqCst);
+    }
+
+    /// Tells the others about slots of code that was just translated: code that they run may be linked to it.
+    pub fn tell_slots(&self, _proof: &mut Cache, me: &VcpuBox, slots: &[(usize, u64)]) {
+        if slots.is_empty() {
+            return;
+        }
+        for v in lock(&self.vcpus).iter().filter_map(Weak::upgrade) {
+            if std::ptr::eq(me, &*v) {
+                continue;
+            }
+            for &(slot, exit) in slots {
+                // SAFETY: the memory lives as long as `v`; its owner accesses these fields atomically.
+                unsafe { Far::tell(&raw const (*v.mem()).caches.far, slot, exit) };
+            }
+        }
     }
 }
 

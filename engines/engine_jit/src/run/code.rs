@@ -48,14 +48,13 @@ impl Runner<'_> {
             };
             let clears = self.world.clears.load(Ordering::Acquire);
             if ctx.windows() {
-                if pc < 4096 {
-                    // 0 says that a page was not entered.
+                if pc < 4096 || pc >> 47 != 0 {
+                    // 0 says that a page was not entered; the vsyscall page is in no window.
                     self.step_noted();
                     continue;
                 }
                 match self.enter_page(phys, pc) {
                     Some(true) => {}
-                    // It lies elsewhere too: all else about code was forgotten.
                     Some(false) => continue,
                     None => return 0,
                 }
@@ -83,7 +82,8 @@ impl Runner<'_> {
     }
 
     /// Code with windows at `pc` is about to be entered, in the page of `phys`: emitted code has to know where that page
-    /// lies. `Some(false)`: the jump caches were flushed, as it lies elsewhere too. `None`: guest code must be left.
+    /// lies. `Some(false)`: the jump caches were flushed, as it lies elsewhere too, or in no window. `None`: guest code must be
+    /// left.
     fn enter_page(&mut self, phys: u64, pc: u64) -> Option<bool> {
         let world = self.world;
         let Some(mut cache) = world.cache(self.me) else {
@@ -98,8 +98,19 @@ impl Runner<'_> {
             }
         };
         drop(cache);
+        let linear = pc & !0xfff;
+        if self.vm.caches.far.entered(number, linear) {
+            return Some(true);
+        }
+        let Some(host) = self.with_windows(|w, memory| w.code_page(memory, linear)) else {
+            let caches = &mut self.vm.caches;
+            caches.flush_code();
+            caches.heat.refuse(self.vm.cpu.cr3);
+            caches.windows.release();
+            return Some(false);
+        };
         let caches = &mut self.vm.caches;
-        let entered = caches.far.enter_page(number, pc & !0xfff);
+        let entered = caches.far.enter_page(number, linear, host);
         if entered == Entered::Known {
             return Some(true);
         }
@@ -324,13 +335,16 @@ impl Runner<'_> {
                 return Err(NoBlock::Leave);
             };
             cache.fars.resize(cache.fars.len() + code.fars.len(), 0);
-            for &(slot, exit) in &code.fars {
-                let exit = at + exit as u64;
-                if let Some(known) = cache.fars.get_mut(slot as usize) {
+            let exits = code.fars.iter();
+            let exits = exits.map(|&(slot, exit)| (slot as usize, at + exit as u64));
+            let exits: Vec<(usize, u64)> = exits.collect();
+            for &(slot, exit) in &exits {
+                if let Some(known) = cache.fars.get_mut(slot) {
                     *known = exit;
                 }
-                self.vm.caches.far.add(slot as usize, exit);
+                self.vm.caches.far.add(slot, exit);
             }
+            self.world.tell_slots(cache, self.me, &exits);
             let block = Translation {
                 phys,
                 stop: decoded.end.min(4096),

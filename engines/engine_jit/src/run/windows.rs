@@ -3,7 +3,7 @@
 use super::*;
 use crate::frontend::Op;
 use crate::translate::{BORROWED, HOST_FLAGS, OFFSET, Site};
-use crate::window::{self, Memory, Refusal, Windows};
+use crate::window::{self, FailedCheck, Memory, Refusal, Windows};
 use iced_x86::{OpKind, Register};
 use x86emu::env::RamRange;
 use x86emu::state::{CpuState, gpr};
@@ -58,7 +58,10 @@ fn cycles() -> u64 {
 
 impl Runner<'_> {
     /// Does something with the windows, which see the memory as this vCPU does.
-    fn with_windows<R>(&mut self, f: impl FnOnce(&mut Windows, &mut dyn Memory) -> R) -> R {
+    pub(super) fn with_windows<R>(
+        &mut self,
+        f: impl FnOnce(&mut Windows, &mut dyn Memory) -> R,
+    ) -> R {
         let VcpuMem { cpu, caches, .. } = &mut *self.vm;
         let mut windows = std::mem::take(&mut caches.windows);
         let mut seen = Seen {
@@ -91,9 +94,17 @@ impl Runner<'_> {
             if !hot || caches.windows.hopeless() {
                 return ctx;
             }
-            if !self.with_windows(|w, memory| w.usable(memory, cr3) && w.take(cr3)) {
+            if !self.with_windows(|w, memory| w.usable(memory, cr3)) {
                 return ctx;
             }
+            let places = self.with_windows(|w, memory| w.take(memory, cr3));
+            // Code and returns have been entered with other places, and pages of code lie elsewhere now.
+            self.vm.caches.flush_code();
+            let Some(places) = places else {
+                self.vm.caches.heat.refuse(cr3);
+                return ctx;
+            };
+            self.vm.window_places = places;
             self.vm.caches.heat.took();
             if !self.learn_slots() {
                 return ctx;
@@ -209,7 +220,11 @@ impl Runner<'_> {
             self.vm.cpu.gpr[gpr::RSI] = self.vm.spill[3];
         }
         let offset = u32::from(word & OFFSET);
-        if let Some(why) = refusal {
+        if refusal == Some(Refusal::Crowded) {
+            // Before the next instruction they are taken anew, where there is room.
+            self.vm.caches.flush_code();
+            self.vm.caches.windows.release();
+        } else if let Some(why) = refusal {
             self.learn(block, page + u64::from(offset), ctx, why);
         }
         self.sync(offset);
@@ -247,12 +262,19 @@ impl Runner<'_> {
         if fault.vector != 14 {
             return Err(Refusal::Outside);
         }
-        let gva = window::guest_of(fault.address).ok_or(Refusal::Outside)?;
         let cr3 = self.vm.cpu.cr3;
+        let check = FailedCheck::at(fault.address.wrapping_sub(self.vm.this));
         let mended = self.with_windows(|w, memory| {
             if !w.belong_to(cr3) {
                 return Err(Refusal::Guest);
             }
+            if let Some(check) = check {
+                return match check.belongs() {
+                    Some(kind) if kind == check.kind => w.extend(memory, check.near),
+                    _ => Err(Refusal::Outside),
+                };
+            }
+            let gva = w.guest_of(fault.address).ok_or(Refusal::Outside)?;
             w.renew(memory);
             w.map(memory, gva, fault.code & 2 != 0)
         });
@@ -271,18 +293,16 @@ impl Runner<'_> {
         };
         let site = match why {
             Refusal::Guest => return,
-            Refusal::Memory => Site::Probe,
+            Refusal::Memory | Refusal::Crowded => Site::Probe,
             Refusal::Outside if !low => return,
             Refusal::Outside if cache.site(phys, low).is_some() => Site::Probe,
-            // Spread for the high window, low addresses are in the kernel's half; spread for the low one, high
-            // addresses are not canonical.
             Refusal::Outside => {
-                match window::failed_check(fault.address.wrapping_sub(self.vm.this)) {
-                    Some((_, false)) if fault.vector == 14 => return,
-                    Some((window::HIGH, true)) if fault.vector == 14 => Site::Window(window::LOW),
-                    Some((_, true)) if fault.vector == 14 => Site::Window(window::HIGH),
-                    _ if fault.vector == 14 => Site::Window(window::LOW),
-                    _ => Site::Window(window::HIGH),
+                let check = FailedCheck::at(fault.address.wrapping_sub(self.vm.this));
+                match check.map(FailedCheck::belongs) {
+                    // It lies in the other window, or in none.
+                    Some(Some(kind)) => Site::Window(kind),
+                    Some(None) => return,
+                    None => Site::Probe,
                 }
             }
         };

@@ -104,7 +104,7 @@ impl Tx<'_> {
         let next = i64::from(op.off) + op.insn.len() as i64;
         // Faults if there is no room.
         self.a.load(Size::D, T, at(reg::RSP, -shadow::PROBE));
-        self.scratch.lose_spread();
+        self.scratch.lose_base();
         if self.window(op).is_some() {
             let kind = self.stack_window(op);
             let to = self.through(window::Base::Gpr(4), -8, kind);
@@ -126,7 +126,7 @@ impl Tx<'_> {
             self.scratch.lose_place();
         }
         self.settle_flags(op.live_before);
-        self.scratch.lose_spread();
+        self.scratch.lose_base();
         self.move_stack(-8);
         if let Some((target, live)) = poll {
             self.poll(target, live);

@@ -323,7 +323,7 @@ impl Tx<'_> {
         if tmp == I {
             self.scratch.lose_place();
         } else {
-            self.scratch.lose_spread();
+            self.scratch.lose_base();
         }
     }
 

@@ -143,7 +143,7 @@ impl Tx<'_> {
                 self.move_stack(n);
             }
             None => {
-                self.scratch.lose_spread();
+                self.scratch.lose_base();
                 self.a.load(size, T, from);
                 self.a.store(Size::Q, Mem::Gs(gpr_slot(guest)), T);
                 self.move_stack(n);
@@ -159,7 +159,7 @@ impl Tx<'_> {
             self.a.load(size, T, from);
             self.a.lea(GUEST_RSP, at(reg::RBP, n));
             self.a.mov(reg::RBP, T);
-            self.scratch.lose_spread();
+            self.scratch.lose_base();
             self.scratch.kept = true;
             return;
         }

@@ -1,8 +1,9 @@
 //! Accesses through windows: see [`crate::window`].
 //!
-//! I holds the place of the window. A base register that the host holds is checked once, for as long as it changes by
-//! constants only; then it is the base of the host's operand too. Everything else is spread into T, which is
-//! kept likewise. Nothing touches EFLAGS, and there is no code for a miss: the host faults.
+//! I holds the place of the window. A base register is checked once, for as long as it changes by
+//! constants only; if the host holds it, it is the base of the host's operand too. Everything else is loaded or computed in T, which is
+//! kept likewise, and checked; what is relative to the code needs no check, as its page was looked at when it was entered. Nothing touches
+//! EFLAGS, and there is no code for a miss: the host faults.
 
 use super::group::Change;
 use super::memory::Operands;
@@ -10,7 +11,7 @@ use super::*;
 use crate::window::REACH;
 
 /// How far RSP may be from the high window where a block starts and ends.
-const STACK_SLACK: i64 = REACH / 16;
+const STACK_SLACK: i64 = 1 << 16;
 
 /// What addresses are relative to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -23,9 +24,9 @@ pub(super) enum Base {
     Code,
 }
 
-/// What T holds: what PDEP makes of a base.
+/// What T holds: a base that was checked.
 #[derive(Clone, Copy, Debug)]
-struct Spread {
+struct Loaded {
     base: Base,
     kind: usize,
     /// What the base has moved by since.
@@ -37,13 +38,13 @@ struct Spread {
 /// What is known between instructions.
 #[derive(Default)]
 pub(super) struct Scratch {
-    spread: Option<Spread>,
+    loaded: Option<Loaded>,
     /// I holds the place of this window.
     place: Option<usize>,
     /// The instruction that is emitted has not used the scratch registers for anything else.
     pub(super) kept: bool,
-    /// Guest registers that were checked, a bit each, by window.
-    checked: [u16; 2],
+    /// What was checked, by window: guest registers and, from bit 16 on, bases of segments.
+    checked: [u32; 2],
     /// What they have moved by since.
     moved: [i32; 16],
     /// How far what RSP was checked as may have been from the high window.
@@ -52,8 +53,8 @@ pub(super) struct Scratch {
 
 impl Scratch {
     /// T is used for something else.
-    pub(super) fn lose_spread(&mut self) {
-        self.spread = None;
+    pub(super) fn lose_base(&mut self) {
+        self.loaded = None;
     }
 
     /// I is used for something else.
@@ -63,24 +64,20 @@ impl Scratch {
 
     /// At the taken target of a branch, behind the block.
     pub(super) fn at_branch(&mut self) {
-        (self.spread, self.place) = (None, Some(crate::window::HIGH));
+        (self.loaded, self.place) = (None, Some(crate::window::HIGH));
     }
 
     /// T and I are used for something else.
     pub(super) fn forget(&mut self) {
-        (self.spread, self.place) = (None, None);
+        (self.loaded, self.place) = (None, None);
     }
-}
-
-fn mask(kind: usize) -> i32 {
-    off::WINDOW_MASKS + 8 * kind as i32
 }
 
 fn place(kind: usize) -> Mem {
     Mem::Gs(off::WINDOW_PLACES + 8 * kind as i32)
 }
 
-/// A displacement that may be added behind PDEP.
+/// What may be added to an address that was checked.
 fn near(disp: i64) -> bool {
     (-REACH / 2..REACH / 2).contains(&disp)
 }
@@ -215,18 +212,18 @@ impl Tx<'_> {
         if self.scratch.checked != [0; 2] {
             self.follow_checked(op);
         }
-        let Some(Spread {
+        let Some(Loaded {
             base: Base::Gpr(base),
             ..
-        }) = self.scratch.spread
+        }) = self.scratch.loaded
         else {
             return;
         };
         let change = self.change(op, base);
-        if let Some(s) = &mut self.scratch.spread {
+        if let Some(s) = &mut self.scratch.loaded {
             match change {
                 Change::Moves(by) if near(s.moved + by) => s.moved += by,
-                _ => self.scratch.spread = None,
+                _ => self.scratch.loaded = None,
             }
         }
     }
@@ -246,7 +243,7 @@ impl Tx<'_> {
 
     fn follow_registers(&mut self, op: &Op) {
         let insn = &op.insn;
-        let forget = |s: &mut Scratch, mask: u16| s.checked = s.checked.map(|c| c & !mask);
+        let forget = |s: &mut Scratch, mask: u32| s.checked = s.checked.map(|c| c & !mask);
         let shift = |s: &mut Scratch, n: u8, by: i64| {
             let to = i64::from(s.moved[usize::from(n)]) + by;
             let margin = if n == 4 { STACK_SLACK } else { 0 };
@@ -265,7 +262,7 @@ impl Tx<'_> {
                 return forget(&mut self.scratch, 1 << to);
             }
             Kind::Leave if self.stack_window(op) == crate::window::HIGH => {
-                forget(&mut self.scratch, u16::MAX);
+                forget(&mut self.scratch, u32::MAX);
                 if self.window(op).is_some() {
                     // RSP is behind what was loaded.
                     self.scratch.checked[crate::window::HIGH] |= 1 << 4;
@@ -274,7 +271,7 @@ impl Tx<'_> {
                 return;
             }
             Kind::Native | Kind::Lea => {}
-            _ => return forget(&mut self.scratch, u16::MAX),
+            _ => return forget(&mut self.scratch, u32::MAX),
         }
         use iced_x86::Mnemonic as M;
         let wide = |i: u32| insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_gpr64();
@@ -332,13 +329,13 @@ impl Tx<'_> {
     /// The memory `disp` bytes from a register that the host holds, checked. Clobbers T if it has to be.
     fn checked(&mut self, guest: u8, reg: u8, disp: i32, kind: usize) -> Mem {
         self.placed(kind);
-        let bit = 1u16 << guest;
+        let bit = 1u32 << guest;
         if self.scratch.checked[kind] & bit == 0 {
             self.held[0] = None;
             self.a.shrx(T, reg, I);
-            let check = Mem::GsBase(T, crate::window::CHECKS[kind]);
+            let check = Mem::GsIndex(T, crate::window::CHECKS[kind]);
             self.a.load(Size::B, T, check);
-            self.scratch.spread = None;
+            self.scratch.loaded = None;
             // What it has moved by counts from here: it holds for one window only.
             self.scratch.checked[1 - kind] &= !bit;
             self.scratch.checked[kind] |= bit;
@@ -347,45 +344,60 @@ impl Tx<'_> {
                 self.scratch.slack = 0;
             }
         }
-        let bias = crate::window::SHIFTS[kind] as i32;
+        let bias = crate::window::SHIFT as i32;
         Mem::Sib(Some(reg), Some((I, 0)), disp - bias)
     }
 
-    /// Makes T hold what PDEP makes of a base; what the base has moved by since, and whether T is a host address.
-    fn spread(&mut self, base: Base, kind: usize) -> (i64, bool) {
-        if let Some(s) = self.scratch.spread
-            && s.base == base
-            && s.kind == kind
+    /// Makes T hold a base, checked; what the base has moved by since, and whether T is a host address.
+    fn load_base(&mut self, base: Base, kind: usize) -> (i64, bool) {
+        if let Some(l) = self.scratch.loaded
+            && l.base == base
+            && l.kind == kind
         {
-            return (s.moved, s.resolved);
+            return (l.moved, l.resolved);
         }
         self.held[0] = None;
-        let from = match base {
-            Base::Gpr(n) => host(n).unwrap_or_else(|| {
-                self.a.load(Size::Q, T, Mem::Gs(gpr_slot(n)));
-                T
-            }),
-            Base::Segment(n) => {
-                self.a.load(Size::Q, T, Mem::Gs(seg_base(n)));
-                T
-            }
-            Base::Code => {
-                let base = self.page_base();
-                self.a.load(Size::Q, T, base);
-                T
-            }
-        };
-        // Code executes where it lies, in the user's half, which the high window is right about.
-        if base != Base::Code || kind != crate::window::HIGH {
-            self.a.pdep(T, from, mask(kind));
+        let resolved = base == Base::Code;
+        if resolved {
+            let page = crate::far::page_host(self.ask.page);
+            self.a.load(Size::Q, T, page);
+        } else {
+            self.load_checked(base, kind);
         }
-        self.scratch.spread = Some(Spread {
+        self.scratch.loaded = Some(Loaded {
             base,
             kind,
             moved: 0,
-            resolved: false,
+            resolved,
         });
-        (0, false)
+        (0, resolved)
+    }
+
+    /// Makes T hold a base that is in memory, checked.
+    fn load_checked(&mut self, base: Base, kind: usize) {
+        let (from, bit) = match base {
+            Base::Gpr(n) => (Mem::Gs(gpr_slot(n)), 1 << n),
+            Base::Segment(n) => (Mem::Gs(seg_base(n)), 1 << (16 + n)),
+            Base::Code => return,
+        };
+        if self.scratch.checked[kind] & bit == 0 {
+            self.placed(kind);
+            self.a.load(Size::Q, T, from);
+            self.check(kind);
+            self.scratch.checked[1 - kind] &= !bit;
+            self.scratch.checked[kind] |= bit;
+            if let Base::Gpr(n) = base {
+                self.scratch.moved[usize::from(n)] = 0;
+            }
+        }
+        self.a.load(Size::Q, T, from);
+    }
+
+    /// Checks the address in T, which is lost. I holds a window's place.
+    fn check(&mut self, kind: usize) {
+        self.a.shrx(T, T, I);
+        let check = Mem::GsIndex(T, crate::window::CHECKS[kind]);
+        self.a.load(Size::B, T, check);
     }
 
     /// Makes I hold the place of a window.
@@ -404,13 +416,13 @@ impl Tx<'_> {
         {
             return self.checked(n, reg, disp, kind);
         }
-        let (moved, resolved) = self.spread(base, kind);
+        let (moved, resolved) = self.load_base(base, kind);
         let disp = disp + moved as i32;
         if resolved {
             return at(T, disp);
         }
         self.placed(kind);
-        let bias = crate::window::SHIFTS[kind] as i32;
+        let bias = crate::window::SHIFT as i32;
         Mem::Sib(Some(I), Some((T, 0)), disp - bias)
     }
 
@@ -436,17 +448,34 @@ impl Tx<'_> {
         if let Some((base, disp)) = self.base_of(insn) {
             return self.through(base, disp, kind);
         }
-        self.scratch.forget();
-        self.held = [None; 2];
-        self.address_parts(insn, T);
+        // The address is computed a second time behind its check: an access that waits for no check is worth it.
         let n = (insn.memory_segment() as usize).wrapping_sub(Register::ES as usize);
-        if n >= 4 {
-            self.a.load(Size::Q, I, Mem::Gs(seg_base(n)));
-            self.a.lea(T, Mem::Sib(Some(T), Some((I, 0)), 0));
+        let in_host = |r: Register| r.is_gpr() && host(number(r)).is_some();
+        let simple = n < 4
+            && [insn.memory_base(), insn.memory_index()]
+                .into_iter()
+                .all(|r| r == Register::None || in_host(r));
+        self.scratch.lose_base();
+        self.held = [None; 2];
+        if simple {
+            self.placed(kind);
+            self.address_parts(insn, T);
+            self.check(kind);
+            self.address_parts(insn, T);
+        } else {
+            self.address_parts(insn, T);
+            if n >= 4 {
+                self.a.load(Size::Q, I, Mem::Gs(seg_base(n)));
+                self.a.lea(T, Mem::Sib(Some(T), Some((I, 0)), 0));
+            }
+            self.scratch.lose_place();
+            self.placed(kind);
+            self.a.shrx(I, T, I);
+            let check = Mem::GsIndex(I, crate::window::CHECKS[kind]);
+            self.a.load(Size::B, I, check);
+            self.a.load(Size::Q, I, place(kind));
         }
-        self.a.pdep(T, T, mask(kind));
-        self.placed(kind);
-        let bias = crate::window::SHIFTS[kind] as i32;
+        let bias = crate::window::SHIFT as i32;
         Mem::Sib(Some(I), Some((T, 0)), -bias)
     }
 
@@ -475,10 +504,10 @@ impl Tx<'_> {
         let mut free = T;
         if let Some(s) = o.slots.first() {
             if let Mem::Sib(Some(I), Some((T, 0)), disp) = operand {
-                let bias = crate::window::SHIFTS[kind] as i32;
+                let bias = crate::window::SHIFT as i32;
                 self.a.lea(T, Mem::Sib(Some(I), Some((T, 0)), -bias));
                 self.held[0] = None;
-                match &mut self.scratch.spread {
+                match &mut self.scratch.loaded {
                     Some(s) => s.resolved = true,
                     None => kept = false,
                 }
@@ -488,7 +517,7 @@ impl Tx<'_> {
                 free = I;
                 self.scratch.place = None;
             } else {
-                self.scratch.spread = None;
+                self.scratch.loaded = None;
             }
             if s.read && self.held[usize::from(free == I)] != Some(s.guest) {
                 self.a.load(Size::Q, free, Mem::Gs(gpr_slot(s.guest)));
@@ -581,7 +610,7 @@ impl Tx<'_> {
                 match host(guest) {
                     Some(h) => self.a.load(Size::Q, h, from),
                     None => {
-                        self.scratch.lose_spread();
+                        self.scratch.lose_base();
                         self.a.load(Size::Q, T, from);
                         self.a.store(Size::Q, Mem::Gs(gpr_slot(guest)), T);
                     }
@@ -604,7 +633,7 @@ impl Tx<'_> {
         let guest = number(op.insn.op0_register());
         let from = host(guest).unwrap_or(T);
         if from == T {
-            self.scratch.lose_spread();
+            self.scratch.lose_base();
             self.a.load(Size::Q, T, Mem::Gs(gpr_slot(guest)));
         }
         self.a.store(size, to, from);
