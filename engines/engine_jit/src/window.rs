@@ -37,21 +37,27 @@ pub const HIGH: usize = 0;
 /// The window for linear addresses below 0x1080_0000_0000.
 pub const LOW: usize = 1;
 
+/// Whichever of the two an address lies in: its check gives the place.
+pub const EITHER: usize = 2;
+
 /// By how much the check of an address shifts it. The low bits of a window's place too, as SHRX takes its count from a
 /// register.
 pub const SHIFT: u64 = 31;
 /// Bytes that the checks of one unit index: words, of which emitted code reads one byte.
 const PAGE: usize = 4096;
+const RW: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
 /// Offset in [`VcpuMem`]'s mapping of the page for unit 0, by kind. What one kind has there beyond the user's addresses
-/// overlaps the other's: non-canonical addresses, which pass, but lead to such on the host.
-const CHECK_PAGES: [usize; 2] = [48 << 20, (48 << 20) + (1 << 30)];
+/// overlaps the next one's: non-canonical addresses, which pass, but lead to such on the host. The words of [`EITHER`] are
+/// places, the others nobody looks at.
+const CHECK_PAGES: [usize; 3] = [48 << 20, (48 << 20) + (1 << 29), (48 << 20) + (1 << 30)];
 /// Offset of what shifted addresses index, 8 bytes each: units start in the middle of a TiB.
-pub const CHECKS: [i32; 2] = [
+pub const CHECKS: [i32; 3] = [
     (CHECK_PAGES[HIGH] + PAGE / 2) as i32,
     (CHECK_PAGES[LOW] + PAGE / 2) as i32,
+    (CHECK_PAGES[EITHER] + PAGE / 2) as i32,
 ];
 /// The size of [`VcpuMem`] with all of that.
-pub const WITH_CHECKS: usize = CHECK_PAGES[LOW] + PAGE + (8 << (64 - SHIFT));
+pub const WITH_CHECKS: usize = CHECK_PAGES[EITHER] + PAGE + (8 << (64 - SHIFT));
 const _: () = assert!(size_of::<VcpuMem>() <= CHECK_PAGES[HIGH]);
 const _: () = assert!(8 << (40 - SHIFT) == PAGE);
 
@@ -85,13 +91,19 @@ impl FailedCheck {
                 near: index << SHIFT,
             })
         };
-        // Only non-canonical addresses of the high kind look like the low one's.
-        of(LOW).or_else(|| of(HIGH))
+        // Only non-canonical addresses of one kind look like the next one's.
+        [EITHER, LOW, HIGH].into_iter().find_map(of)
     }
 
     /// The window that the address may be in.
     pub fn belongs(self) -> Option<usize> {
         kind_of(unit_of(self.near))
+    }
+
+    /// It may be in the window that it was checked for.
+    pub fn as_expected(self) -> bool {
+        self.belongs()
+            .is_some_and(|kind| [kind, EITHER].contains(&self.kind))
     }
 }
 
@@ -220,38 +232,55 @@ impl Windows {
         }
         self.drop_all();
         self.owner = key(cr3);
+        self.places.release();
+        self.open();
         if !self.places.take(used_units(memory, cr3)) || !self.open() {
             self.release();
             return None;
         }
         self.odd_stack = false;
-        Some([HIGH, LOW].map(|kind| self.places.offset(kind).wrapping_add(SHIFT)))
+        Some([HIGH, LOW].map(|kind| self.place(kind)))
     }
 
     /// Lets the checks of all units pass that it has, and no others. False if the host is out of memory.
     fn open(&mut self) -> bool {
         for kind in [HIGH, LOW] {
-            let (want, have) = (self.places.units()[kind], self.open[kind]);
-            for unit in each(kind, want ^ have) {
-                let set = unit_bit(unit);
-                let opens = want & set != 0;
-                let protection = if opens {
-                    libc::PROT_READ
-                } else {
-                    libc::PROT_NONE
-                };
-                let page = self.vcpu as usize + CHECK_PAGES[kind] + unit as usize * PAGE;
-                // SAFETY: a page of the vCPU's mapping that nothing but checks of emitted code reads.
-                if unsafe { libc::mprotect(page as *mut _, PAGE, protection) } == 0 {
-                    self.open[kind] ^= set;
-                } else if opens {
+            let want = self.places.units()[kind];
+            for unit in each(kind, want ^ self.open[kind]) {
+                let opens = want & unit_bit(unit) != 0;
+                let done = self.protect(kind, unit, if opens { libc::PROT_READ } else { 0 })
+                    && self.protect(EITHER, unit, if opens { RW } else { 0 });
+                if !done && opens {
                     return false;
-                } else {
+                }
+                if !done {
                     out_of_memory();
+                }
+                self.open[kind] ^= unit_bit(unit);
+                if opens {
+                    let words = self.check_page(EITHER, unit) as *mut u64;
+                    // SAFETY: a page that was made writable just now, which only emitted code of this vCPU reads.
+                    let words = unsafe { std::slice::from_raw_parts_mut(words, PAGE / 8) };
+                    words.fill(self.place(kind));
                 }
             }
         }
         true
+    }
+
+    fn check_page(&self, kind: usize, unit: i32) -> usize {
+        self.vcpu as usize + CHECK_PAGES[kind] + unit as usize * PAGE
+    }
+
+    fn protect(&self, kind: usize, unit: i32, protection: libc::c_int) -> bool {
+        let page = self.check_page(kind, unit) as *mut libc::c_void;
+        // SAFETY: a page of the vCPU's mapping that nothing but checks of emitted code reads.
+        unsafe { libc::mprotect(page, PAGE, protection) == 0 }
+    }
+
+    /// What emitted code adds to a linear address, together with the shift.
+    fn place(&self, kind: usize) -> u64 {
+        self.places.offset(kind).wrapping_add(SHIFT)
     }
 
     /// Lets checks of addresses near `near` pass, which lie in a unit that was not used before.

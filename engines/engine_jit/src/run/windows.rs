@@ -269,9 +269,9 @@ impl Runner<'_> {
                 return Err(Refusal::Guest);
             }
             if let Some(check) = check {
-                return match check.belongs() {
-                    Some(kind) if kind == check.kind => w.extend(memory, check.near),
-                    _ => Err(Refusal::Outside),
+                return match check.as_expected() {
+                    true => w.extend(memory, check.near),
+                    false => Err(Refusal::Outside),
                 };
             }
             let gva = w.guest_of(fault.address).ok_or(Refusal::Outside)?;
@@ -295,14 +295,15 @@ impl Runner<'_> {
             Refusal::Guest => return,
             Refusal::Memory | Refusal::Crowded => Site::Probe,
             Refusal::Outside if !low => return,
-            Refusal::Outside if cache.site(phys, low).is_some() => Site::Probe,
             Refusal::Outside => {
                 let check = FailedCheck::at(fault.address.wrapping_sub(self.vm.this));
-                match check.map(FailedCheck::belongs) {
-                    // It lies in the other window, or in none.
-                    Some(Some(kind)) => Site::Window(kind),
-                    Some(None) => return,
-                    None => Site::Probe,
+                match (check.map(FailedCheck::belongs), cache.site(phys, low)) {
+                    // It lies in the other window.
+                    (Some(Some(kind)), None) => Site::Window(kind),
+                    (Some(Some(_)), Some(Site::Window(_))) => Site::Window(window::EITHER),
+                    // In none.
+                    (Some(None), _) => return,
+                    _ => Site::Probe,
                 }
             }
         };

@@ -8,7 +8,7 @@
 use super::group::Change;
 use super::memory::Operands;
 use super::*;
-use crate::window::REACH;
+use crate::window::{EITHER, HIGH, REACH};
 
 /// How far RSP may be from the high window where a block starts and ends.
 const STACK_SLACK: i64 = 1 << 16;
@@ -64,7 +64,7 @@ impl Scratch {
 
     /// At the taken target of a branch, behind the block.
     pub(super) fn at_branch(&mut self) {
-        (self.loaded, self.place) = (None, Some(crate::window::HIGH));
+        (self.loaded, self.place) = (None, Some(HIGH));
     }
 
     /// T and I are used for something else.
@@ -86,7 +86,7 @@ impl Tx<'_> {
     /// What is known where a block starts.
     pub(super) fn start_scratch(&mut self) {
         if self.ctx.stack_in_window() {
-            self.scratch.checked[crate::window::HIGH] |= 1 << 4;
+            self.scratch.checked[HIGH] |= 1 << 4;
             self.scratch.slack = STACK_SLACK;
         }
     }
@@ -95,7 +95,7 @@ impl Tx<'_> {
     pub(super) fn stack_window(&self, op: &Op) -> usize {
         match self.window(op) {
             Some(kind) if !self.ctx.stack_in_window() => kind,
-            _ => crate::window::HIGH,
+            _ => HIGH,
         }
     }
 
@@ -103,8 +103,7 @@ impl Tx<'_> {
     fn stack_settled(&self) -> bool {
         let s = &self.scratch;
         !self.ctx.stack_in_window()
-            || s.checked[crate::window::HIGH] & 1 << 4 != 0
-                && s.slack + i64::from(s.moved[4]).abs() <= STACK_SLACK
+            || s.checked[HIGH] & 1 << 4 != 0 && s.slack + i64::from(s.moved[4]).abs() <= STACK_SLACK
     }
 
     /// Before the block is left, for which nothing but page offset `offset` remains to be done: makes sure that RSP is
@@ -119,15 +118,15 @@ impl Tx<'_> {
             0
         };
         self.map.push((self.a.here() as u32, offset | host));
-        self.scratch.checked[crate::window::HIGH] &= !(1 << 4);
-        self.checked(4, GUEST_RSP, 0, crate::window::HIGH);
+        self.scratch.checked[HIGH] &= !(1 << 4);
+        self.checked(4, GUEST_RSP, 0, HIGH);
     }
 
     /// The same before a call or return that does not go through a window, of which nothing was done yet: it moves RSP a
     /// bit further.
     pub(super) fn settle_probed(&mut self, op: &Op) {
         if self.ctx.stack_in_window() && self.window(op).is_none() {
-            self.scratch.checked[crate::window::HIGH] &= !(1 << 4);
+            self.scratch.checked[HIGH] &= !(1 << 4);
             self.settle_stack(op.off);
         }
     }
@@ -137,7 +136,7 @@ impl Tx<'_> {
     fn touched_stack(&self, op: &Op) -> Option<i64> {
         use iced_x86::Mnemonic as M;
         let insn = &op.insn;
-        if self.window(op) != Some(crate::window::HIGH) {
+        if self.window(op) != Some(HIGH) {
             return None;
         }
         match op.kind {
@@ -200,6 +199,11 @@ impl Tx<'_> {
         }
         match (self.ask.site)(op) {
             Site::Probe => None,
+            Site::Window(EITHER) => {
+                let far = op.insn.op0_kind() == OpKind::Memory && self.ctx.stack_in_window();
+                let branch = matches!(op.kind, Kind::JmpIndirect | Kind::CallIndirect) && far;
+                (op.kind == Kind::Native || branch).then_some(EITHER)
+            }
             Site::Window(kind) => Some(kind),
         }
     }
@@ -233,7 +237,7 @@ impl Tx<'_> {
         self.follow_registers(op);
         // What the interpreter has done instead tells nothing about windows, and keeps nothing.
         if self.scratch.kept
-            && self.scratch.checked[crate::window::HIGH] & 1 << 4 != 0
+            && self.scratch.checked[HIGH] & 1 << 4 != 0
             && let Some(disp) = self.touched_stack(op)
         {
             self.scratch.moved[4] = -disp as i32;
@@ -261,11 +265,11 @@ impl Tx<'_> {
                 let to = number(insn.op0_register());
                 return forget(&mut self.scratch, 1 << to);
             }
-            Kind::Leave if self.stack_window(op) == crate::window::HIGH => {
+            Kind::Leave if self.stack_window(op) == HIGH => {
                 forget(&mut self.scratch, u32::MAX);
                 if self.window(op).is_some() {
                     // RSP is behind what was loaded.
-                    self.scratch.checked[crate::window::HIGH] |= 1 << 4;
+                    self.scratch.checked[HIGH] |= 1 << 4;
                     (self.scratch.moved[4], self.scratch.slack) = (8, 0);
                 }
                 return;
@@ -411,6 +415,9 @@ impl Tx<'_> {
 
     /// The memory `disp` bytes from a base.
     pub(super) fn through(&mut self, base: Base, disp: i32, kind: usize) -> Mem {
+        if kind == EITHER {
+            return self.through_either(base, disp);
+        }
         if let Base::Gpr(n) = base
             && let Some(reg) = host(n)
         {
@@ -424,6 +431,76 @@ impl Tx<'_> {
         self.placed(kind);
         let bias = crate::window::SHIFT as i32;
         Mem::Sib(Some(I), Some((T, 0)), disp - bias)
+    }
+
+    /// The same, in whichever window it lies: its check gives the place.
+    fn through_either(&mut self, base: Base, disp: i32) -> Mem {
+        let bias = crate::window::SHIFT as i32;
+        let in_host = match base {
+            Base::Gpr(n) => host(n).map(|reg| (n, reg)),
+            Base::Code => return self.through(base, disp, HIGH),
+            Base::Segment(_) => None,
+        };
+        if let Some((n, reg)) = in_host
+            && self.scratch.checked[HIGH] & 1 << n != 0
+        {
+            return self.checked(n, reg, disp, HIGH);
+        }
+        let known = self
+            .scratch
+            .loaded
+            .filter(|l| l.base == base && l.kind == EITHER);
+        let moved = known.map_or(0, |l| l.moved as i32);
+        if known.is_none() {
+            self.held[0] = None;
+            self.some_place();
+            match (in_host, base) {
+                (Some((_, reg)), _) => {
+                    self.a.shrx(T, reg, I);
+                    let word = Mem::GsIndex(T, crate::window::CHECKS[EITHER]);
+                    self.a.load(Size::Q, T, word);
+                }
+                (None, Base::Gpr(n)) => {
+                    self.a.load(Size::Q, T, Mem::Gs(gpr_slot(n)));
+                    self.place_of_t();
+                }
+                (None, Base::Segment(n)) => {
+                    self.a.load(Size::Q, T, Mem::Gs(seg_base(n)));
+                    self.place_of_t();
+                }
+                // Dealt with above.
+                (None, Base::Code) => {}
+            }
+            if in_host.is_none() {
+                self.a.lea(T, Mem::Sib(Some(I), Some((T, 0)), -bias));
+            }
+            self.scratch.loaded = Some(Loaded {
+                base,
+                kind: EITHER,
+                moved: 0,
+                resolved: in_host.is_none(),
+            });
+        }
+        match in_host {
+            Some((_, reg)) => Mem::Sib(Some(reg), Some((T, 0)), disp - bias),
+            None => at(T, disp + moved),
+        }
+    }
+
+    /// Makes I hold the place of some window: any has the shift.
+    fn some_place(&mut self) {
+        if self.scratch.place.is_none() {
+            self.placed(HIGH);
+        }
+    }
+
+    /// Checks the address in T and makes I hold the place of its window, which is not known.
+    fn place_of_t(&mut self) {
+        self.a.shrx(I, T, I);
+        let word = Mem::GsIndex(I, crate::window::CHECKS[EITHER]);
+        self.a.load(Size::Q, I, word);
+        self.scratch.lose_place();
+        self.held[1] = None;
     }
 
     /// The base of an operand that has one, and the displacement.
@@ -457,6 +534,21 @@ impl Tx<'_> {
                 .all(|r| r == Register::None || in_host(r));
         self.scratch.lose_base();
         self.held = [None; 2];
+        let bias = crate::window::SHIFT as i32;
+        if kind == EITHER {
+            self.some_place();
+            self.address_parts(insn, T);
+            if n >= 4 {
+                self.a.load(Size::Q, I, Mem::Gs(seg_base(n)));
+                self.a.lea(T, Mem::Sib(Some(T), Some((I, 0)), 0));
+            }
+            if !simple {
+                self.scratch.lose_place();
+                self.some_place();
+            }
+            self.place_of_t();
+            return Mem::Sib(Some(I), Some((T, 0)), -bias);
+        }
         if simple {
             self.placed(kind);
             self.address_parts(insn, T);
@@ -475,7 +567,6 @@ impl Tx<'_> {
             self.a.load(Size::B, I, check);
             self.a.load(Size::Q, I, place(kind));
         }
-        let bias = crate::window::SHIFT as i32;
         Mem::Sib(Some(I), Some((T, 0)), -bias)
     }
 
@@ -513,7 +604,10 @@ impl Tx<'_> {
                 }
                 operand = at(T, disp + bias);
             }
-            if matches!(operand, Mem::Sib(Some(T), None, _)) {
+            if matches!(
+                operand,
+                Mem::Sib(Some(T), None, _) | Mem::Sib(_, Some((T, _)), _)
+            ) {
                 free = I;
                 self.scratch.place = None;
             } else {
