@@ -44,6 +44,10 @@ pub const STACK: u64 = 0xf000;
 pub const ENTRY: u64 = 0x1_0000;
 /// Page tables, to [`DATA`].
 pub const TABLES: u64 = 0x2_0000;
+/// Page tables of tests with many address spaces.
+pub const MORE_TABLES: u64 = 40 << 20;
+/// Their end.
+pub const MORE_TABLES_END: u64 = 48 << 20;
 /// Free for tests, to 1 MiB.
 pub const DATA: u64 = 0x4_0000;
 /// Second programs: user code, other vCPUs.

@@ -1,6 +1,6 @@
 //! Descriptor tables and page tables, written by the host.
 
-use crate::layout::{DATA, GDT, TABLES};
+use crate::layout::{DATA, GDT, MORE_TABLES, MORE_TABLES_END, TABLES};
 use crate::memory::Memory;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -128,7 +128,11 @@ impl<'a> PageTables<'a> {
 
     fn table(&self) -> u64 {
         let at = self.next.fetch_add(4096, Ordering::Relaxed);
-        assert!((TABLES..DATA).contains(&at), "no room for page tables");
+        let room = [TABLES..DATA, MORE_TABLES..MORE_TABLES_END];
+        assert!(
+            room.iter().any(|r| r.contains(&at)),
+            "no room for page tables"
+        );
         at
     }
 

@@ -10,4 +10,5 @@ mod memslots;
 mod modes;
 mod paging;
 mod smp;
+mod window_places;
 mod windows;

@@ -4,6 +4,7 @@
 //! `ANYKVM_WINDOWS=always` in the environment it does so at once.
 
 use conformance::asm::*;
+use conformance::backend::Vcpu;
 use conformance::layout::*;
 use conformance::tables::*;
 use conformance::{Exit, Machine, asm, each};
@@ -11,32 +12,32 @@ use iced_x86::BlockEncoderOptions;
 use iced_x86::code_asm::*;
 
 /// Where programs lie that are not position-independent.
-const LOW: u64 = 0x40_0000;
+pub(crate) const LOW: u64 = 0x40_0000;
 /// Where Linux puts position-independent programs.
-const PIE: u64 = 0x5555_5555_4000;
+pub(crate) const PIE: u64 = 0x5555_5555_4000;
 /// Where stacks and libraries are.
-const HIGH: u64 = 0x7fff_f000_0000;
+pub(crate) const HIGH: u64 = 0x7fff_f000_0000;
 /// User pages that are mapped to themselves, for results.
-const RESULTS: u64 = 0x9_0000;
+pub(crate) const RESULTS: u64 = 0x9_0000;
 /// Frames for the pages of tests.
 const FRAMES: u64 = DATA;
-const USER: u64 = P | W | U;
-const ALL: u64 = USER | A | D;
+pub(crate) const USER: u64 = P | W | U;
+pub(crate) const ALL: u64 = USER | A | D;
 /// IOPL 3: user code may report.
-const FLAGS: u32 = 0x3002;
+pub(crate) const FLAGS: u32 = 0x3002;
 /// The arithmetic flags.
 const ARITH: u64 = 0x8d5;
 const HANDLER: u64 = 0x1_8000;
 /// The top of user code's stack, where processes have it.
-const HIGH_STACK: u64 = 0x7ffd_0000_4000;
+pub(crate) const HIGH_STACK: u64 = 0x7ffd_0000_4000;
 /// Its memory.
 const STACK_FRAMES: u64 = 48 << 20;
 
-fn frame(n: u64) -> u64 {
+pub(crate) fn frame(n: u64) -> u64 {
     FRAMES + 4096 * n
 }
 
-fn address_space(m: &Machine) -> PageTables<'_> {
+pub(crate) fn address_space(m: &Machine) -> PageTables<'_> {
     let t = m.tables(Paging::Long);
     m.fill(&t, Paging::Long);
     make_room(m, &t);
@@ -44,19 +45,19 @@ fn address_space(m: &Machine) -> PageTables<'_> {
     t
 }
 
-fn map_stack(t: &PageTables<'_>) {
+pub(crate) fn map_stack(t: &PageTables<'_>) {
     for i in 0..4 {
         t.map(HIGH_STACK - 4096 * (i + 1), STACK_FRAMES + 4096 * i, ALL);
     }
 }
 
 /// Small pages can be mapped at [`LOW`].
-fn make_room(m: &Machine, t: &PageTables<'_>) {
+pub(crate) fn make_room(m: &Machine, t: &PageTables<'_>) {
     m.memory.set_u64(t.entry(LOW, 2), 0);
 }
 
 /// A kernel that runs the user code once.
-fn user(m: &Machine, program: impl FnOnce(&mut CodeAssembler)) {
+pub(crate) fn user(m: &Machine, program: impl FnOnce(&mut CodeAssembler)) {
     m.load(ENTRY, 64, |a| {
         call_user(a, SECOND, HIGH_STACK, FLAGS);
         end(a);
@@ -65,6 +66,22 @@ fn user(m: &Machine, program: impl FnOnce(&mut CodeAssembler)) {
         program(a);
         asm!(a; int(0x80););
     });
+}
+
+/// A vCPU in user code from the start.
+pub(crate) fn user_vcpu(m: &Machine, id: u64, root: u64, rip: u64) -> Vcpu {
+    let v = m.long(id, rip);
+    let mut s = v.sregs();
+    s.cr3 = root;
+    for (segment, selector) in [(&mut s.cs, USER_CODE), (&mut s.ss, USER_DATA)] {
+        segment.selector = selector;
+        segment.dpl = 3;
+    }
+    v.set_sregs(&s);
+    let mut r = v.regs();
+    r.rflags = FLAGS.into();
+    v.set_regs(&r);
+    v
 }
 
 /// Page faults are recorded, the host may act, and the instruction is executed again.
@@ -95,7 +112,7 @@ fn mend_faults(m: &Machine) {
 }
 
 /// Runs to the end; at each fault, and where the program asks for it, `act` changes things.
-fn run(m: &Machine, mut act: impl FnMut(u64)) -> Vec<u32> {
+pub(crate) fn run(m: &Machine, mut act: impl FnMut(u64)) -> Vec<u32> {
     let mut v = m.long(0, ENTRY);
     let mut n = 0;
     m.finish_with(&mut v, |_, exit| {
@@ -1383,20 +1400,7 @@ fn vcpus_with_address_spaces_of_their_own() {
             report(a);
             end(a);
         });
-        let vcpus = [(0, t.root), (1, u.root)].map(|(id, root)| {
-            let v = m.long(id, SECOND);
-            let mut s = v.sregs();
-            s.cr3 = root;
-            for (segment, selector) in [(&mut s.cs, USER_CODE), (&mut s.ss, USER_DATA)] {
-                segment.selector = selector;
-                segment.dpl = 3;
-            }
-            v.set_sregs(&s);
-            let mut r = v.regs();
-            r.rflags = FLAGS.into();
-            v.set_regs(&r);
-            v
-        });
+        let vcpus = [(0, t.root), (1, u.root)].map(|(id, root)| user_vcpu(&m, id, root, SECOND));
         let got = m.finish_all(vcpus.into());
         assert_eq!(got, [[0], [0]]);
         let n = u64::from(rounds);
