@@ -278,3 +278,77 @@ fn ends_of_units() {
         }
     });
 }
+
+#[test]
+fn places_that_move() {
+    // Each of two vCPUs, while both run, begins to use what lies on the host where the other one's windows are likely to be.
+    each(|engine| {
+        let m = Machine::new(engine);
+        address_space(&m);
+        let next = AtomicU64::new(MORE_TABLES);
+        let (tables, shared) = (0x6_0000_0000u64, 0x6_0000_1000u64);
+        let spaces: Vec<_> = (0..2)
+            .map(|v| {
+                let pages = [LOW, PIE, HIGH].into_iter().enumerate();
+                let mut pages: Vec<_> =
+                    pages.map(|(j, va)| (va, frame(4 * v + j as u64))).collect();
+                pages.push((shared, frame(20)));
+                let t = space(&m, &next, &pages);
+                t.map(tables, t.root, USER);
+                t
+            })
+            .collect();
+        let rounds = engine.rounds(3000);
+        let mut programs = vec![];
+        for (v, t) in spaces.iter().enumerate() {
+            let program = SECOND + 0x1000 * v as u64;
+            // 1 TiB further up or down each time.
+            let step: i64 = [-2, 2][v];
+            let entry = m.memory.u64(t.entry(PIE, 4));
+            m.load(program, 64, |a| {
+                asm!(a; mov(rbx, LOW); mov(rdx, HIGH); mov(rbp, PIE); mov(r8, tables); mov(r9, shared); mov(r12d, 20););
+                let again = here(a);
+                asm!(a; mov(ecx, rounds););
+                let top = here(a);
+                asm!(a;
+                    inc(qword_ptr(rbx));
+                    mov(rax, qword_ptr(rbp));
+                    inc(rax);
+                    mov(qword_ptr(rbp), rax);
+                    inc(qword_ptr(rdx));
+                    dec(ecx);
+                    jnz(top);
+                    lock.inc(qword_ptr(r9));
+                );
+                // The other one, too.
+                asm!(a; mov(rsi, 21u64); sub(rsi, r12); add(rsi, rsi););
+                let wait = here(a);
+                asm!(a; pause(); cmp(qword_ptr(r9), rsi); jb(wait););
+                asm!(a;
+                    mov(r10, step << 40);
+                    add(rbp, r10);
+                    mov(rax, rbp);
+                    shr(rax, 39);
+                    mov(r11, entry);
+                    mov(qword_ptr(r8 + rax * 8), r11);
+                    dec(r12);
+                    jnz(again);
+                    mov(eax, dword_ptr(rbx));
+                );
+                report(a);
+                end(a);
+            });
+            programs.push(program);
+        }
+        let vcpus = (0..2).map(|v| user_vcpu(&m, v, spaces[v as usize].root, programs[v as usize]));
+        let want = 20 * rounds;
+        assert_eq!(m.finish_all(vcpus.collect()), [[want], [want]]);
+        for (v, j) in [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)] {
+            assert_eq!(
+                m.memory.u64(frame(4 * v + j)),
+                u64::from(want),
+                "vCPU {v}, {j}"
+            );
+        }
+    });
+}
