@@ -239,7 +239,7 @@ fn ends_of_units() {
                 for (next, to) in [(7, 0x3000 + 64), (14, 0x3000 - 64)] {
                     // inc qword ptr [rip + ...]
                     let mut code = vec![0x48, 0xff, 0x05];
-                    code.extend_from_slice(&(to - next as i32).to_le_bytes());
+                    code.extend_from_slice(&(to - next).to_le_bytes());
                     a.db(&code).expect("bytes");
                 }
                 asm!(a; ret(););
