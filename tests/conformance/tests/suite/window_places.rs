@@ -236,7 +236,7 @@ fn ends_of_units() {
             // Code before the end that counts behind it.
             t.map(end - 0x3000, frame(3), USER);
             m.load_at(frame(3), end - 0x3000, 64, |a| {
-                for (next, to) in [(7, 0x3000 + 64), (14, 0x3000 - 64)] {
+                for (next, to) in [(7i32, 0x3000 + 64), (14, 0x3000 - 64)] {
                     // inc qword ptr [rip + ...]
                     let mut code = vec![0x48, 0xff, 0x05];
                     code.extend_from_slice(&(to - next).to_le_bytes());
