@@ -338,7 +338,7 @@ impl Tx<'_> {
             self.held[0] = None;
             self.a.shrx(T, reg, I);
             let check = Mem::GsIndex(T, crate::window::CHECKS[kind]);
-            self.a.load(Size::B, T, check);
+            self.a.load(Size::D, T, check);
             self.scratch.loaded = None;
             // What it has moved by counts from here: it holds for one window only.
             self.scratch.checked[1 - kind] &= !bit;
@@ -401,7 +401,7 @@ impl Tx<'_> {
     fn check(&mut self, kind: usize) {
         self.a.shrx(T, T, I);
         let check = Mem::GsIndex(T, crate::window::CHECKS[kind]);
-        self.a.load(Size::B, T, check);
+        self.a.load(Size::D, T, check);
     }
 
     /// Makes I hold the place of a window.
@@ -564,7 +564,7 @@ impl Tx<'_> {
             self.placed(kind);
             self.a.shrx(I, T, I);
             let check = Mem::GsIndex(I, crate::window::CHECKS[kind]);
-            self.a.load(Size::B, I, check);
+            self.a.load(Size::D, I, check);
             self.a.load(Size::Q, I, place(kind));
         }
         Mem::Sib(Some(I), Some((T, 0)), -bias)
