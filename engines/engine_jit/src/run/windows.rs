@@ -147,25 +147,37 @@ impl Runner<'_> {
         Site::Window(window::HIGH)
     }
 
-    /// The operand seems to lie in the low window: what registers hold now is a good guess.
+    /// The operand seems to lie in the low window: what registers hold now is a good guess. If that is no address, they will
+    /// be loaded first, most likely with an address in the high one.
     fn looks_low(&self, op: &Op) -> bool {
         let insn = &op.insn;
-        let is_low = |v: u64| v < 1 << 40;
-        let value = |r: Register| self.vm.cpu.gpr[r.full_register().number() & 15];
+        let cpu = &self.vm.cpu;
+        let value = |r: Register| match r {
+            Register::None => 0,
+            r => cpu.gpr[r.full_register().number() & 15],
+        };
         let (base, index) = (insn.memory_base(), insn.memory_index());
-        match base {
-            Register::RIP => is_low(self.linear_pc()),
-            Register::RSP | Register::ESP => is_low(self.vm.cpu.gpr[gpr::RSP]),
+        let displacement = insn.memory_displacement64();
+        let segment = (insn.memory_segment() as usize).wrapping_sub(Register::ES as usize);
+        let address = match base {
+            Register::RIP => self.linear_pc(),
             _ if insn.is_stack_instruction() && insn.op0_kind() != OpKind::Memory => {
-                is_low(self.vm.cpu.gpr[gpr::RSP])
+                cpu.gpr[gpr::RSP]
             }
-            Register::None if index == Register::None => true,
             _ => {
-                let mut regs = [base, index].into_iter().filter(|&r| r != Register::None);
-                // A negative index says nothing.
-                !regs.any(|r| (1 << 40..1 << 47).contains(&value(r)))
+                let scaled = value(index).wrapping_mul(insn.memory_index_scale().into());
+                let of_segment = match segment {
+                    sreg::FS | sreg::GS => cpu.seg[segment].base,
+                    _ => 0,
+                };
+                let sum = value(base).wrapping_add(scaled);
+                sum.wrapping_add(displacement).wrapping_add(of_segment)
             }
-        }
+        };
+        let first = 1 << 16;
+        // An array in the program's data has an address that the index adds to.
+        let array = base == Register::None && (first..1 << 31).contains(&displacement);
+        (first..1 << 44).contains(&address) || array && segment < sreg::FS
     }
 
     /// A host fault in translated code. Returns where to go on.
