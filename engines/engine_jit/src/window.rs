@@ -36,14 +36,13 @@ use table::{REGION, Table, bit, put, read};
 pub const HIGH: usize = 0;
 /// The window for linear addresses below 0x1080_0000_0000.
 pub const LOW: usize = 1;
-
 /// Whichever of the two an address lies in: its check gives the place.
 pub const EITHER: usize = 2;
 
 /// By how much the check of an address shifts it. The low bits of a window's place too, as SHRX takes its count from a
 /// register.
 pub const SHIFT: u64 = 31;
-/// Bytes that the checks of one unit index: words, of which emitted code reads one byte.
+/// Bytes that the checks of one unit index, 8 for each address.
 const PAGE: usize = 4096;
 const RW: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
 /// Offset in [`VcpuMem`]'s mapping of the page for unit 0, by kind. What one kind has there beyond the user's addresses
@@ -322,11 +321,6 @@ impl Windows {
         let unit = unit_of(rsp);
         self.odd_stack |= kind_of(unit) != Some(HIGH) || !self.places.has(unit);
         self.odd_stack
-    }
-
-    /// Some address space has them.
-    pub fn taken(&self) -> bool {
-        self.owner != 0
     }
 
     /// Gives the windows back.

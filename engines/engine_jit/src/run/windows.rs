@@ -113,23 +113,24 @@ impl Runner<'_> {
         if self.vm.caches.windows.stale() {
             let start = cycles();
             self.with_windows(|w, memory| w.renew(memory));
-            self.charge(start);
-        }
-        if !self.vm.caches.windows.taken() {
-            return ctx;
+            if !self.charge(start) {
+                return ctx;
+            }
         }
         let windows = &mut self.vm.caches.windows;
         let odd_stack = windows.odd_stack(self.vm.cpu.gpr[gpr::RSP]);
         ctx.with_windows(windows.low, odd_stack)
     }
 
-    /// Windows have cost the time since `start`.
-    fn charge(&mut self, start: u64) {
+    /// Windows have cost the time since `start`. False if that was too much: they are given back, and nothing may run that counts
+    /// on them.
+    fn charge(&mut self, start: u64) -> bool {
         let VcpuMem { cpu, caches, .. } = &mut *self.vm;
-        let pays = caches.heat.charge(cpu.cr3, cycles().wrapping_sub(start));
-        if !pays && !Windows::always() {
+        let pays = caches.heat.charge(cpu.cr3, cycles().wrapping_sub(start)) || Windows::always();
+        if !pays {
             caches.windows.release();
         }
+        pays
     }
 
     /// How the accesses of an instruction should go.
@@ -196,10 +197,8 @@ impl Runner<'_> {
             match self.mend() {
                 // Noting that page tables were written may have waited while the code went away.
                 Ok(()) if self.world.clears.load(Ordering::Acquire) != clears => {}
-                Ok(()) => {
-                    self.charge(start);
-                    return self.mended(pc);
-                }
+                Ok(()) if self.charge(start) => return self.mended(pc),
+                Ok(()) => {}
                 Err(why) => refusal = Some(why),
             }
         }
