@@ -382,6 +382,28 @@ impl Tx<'_> {
         }
     }
 
+    /// The 64-bit address of an operand, if host registers hold all of it: nothing is loaded then.
+    fn parts_at_hand(&self, insn: &Instruction) -> Option<Mem> {
+        let (base, index) = (insn.memory_base(), insn.memory_index());
+        let at_hand = |r: Register| {
+            let guest = number(r);
+            let held = || self.held_before.iter().position(|&h| h == Some(guest));
+            host(guest).or_else(|| held().map(|n| [T, I][n]))
+        };
+        let part = |r: Register| match r {
+            Register::None => Some(None),
+            r if r.is_gpr64() => at_hand(r).map(Some),
+            _ => None,
+        };
+        if base == Register::None && index == Register::None {
+            return None;
+        }
+        let scale = insn.memory_index_scale().trailing_zeros() as u8;
+        let index = part(index)?.map(|x| (x, scale));
+        let disp = insn.memory_displacement64() as i64 as i32;
+        Some(Mem::Sib(part(base)?, index, disp))
+    }
+
     pub(super) fn lea(&mut self, op: &Op) {
         let insn = &op.insn;
         let r = insn.op0_register();
@@ -393,6 +415,20 @@ impl Tx<'_> {
                 Some(d) => self.a.op_reg(Size::W, &[0x89], T, d),
                 None => self.a.store(Size::W, Mem::Gs(gpr_slot(guest)), T),
             }
+            return;
+        }
+        if let Some(parts) = self.parts_at_hand(insn) {
+            self.held = self.held_before;
+            let d = dst.unwrap_or(T);
+            self.a.lea(d, parts);
+            if r.is_gpr32() {
+                self.a.mov32(d, d);
+            }
+            if dst.is_none() {
+                self.a.store(Size::Q, Mem::Gs(gpr_slot(guest)), T);
+                self.hold(T, guest);
+            }
+            self.scratch.kept = true;
             return;
         }
         let d = dst.unwrap_or(T);
