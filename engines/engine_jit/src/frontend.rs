@@ -752,7 +752,8 @@ fn native(insn: &Instruction, bytes: &[u8], ctx: Context) -> Option<(Encoding, b
         }
         _ => {}
     }
-    let mut fpu = false;
+    // WAIT reports what is pending in the FPU state.
+    let mut fpu = insn.mnemonic() == Mnemonic::Wait;
     for i in 0..insn.op_count() {
         match insn.op_kind(i) {
             OpKind::Register => {
