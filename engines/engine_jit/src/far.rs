@@ -201,19 +201,30 @@ impl Far {
 
     /// A slot was given to code whose exit is at `exit`, which polls too.
     pub fn add(&self, slot: usize, exit: u64) {
-        let [Some(to), Some(poll), Some(leads)] =
-            [&self.slots, &self.polls, &self.exits].map(|all| all.get(slot))
-        else {
-            return;
-        };
-        for word in [to, poll, leads] {
-            word.store(exit, Relaxed);
+        // SAFETY: a reference is valid.
+        #[expect(unsafe_code, reason = "shared with what is told to others")]
+        unsafe {
+            Far::enter(self, slot, exit);
         }
-        self.known.0.store(slot + 1, Relaxed);
     }
 
     /// The same, by the vCPU that has translated the code, to one that may be running. The caller has the code cache.
     ///
+    /// # Safety
+    /// As for [`Self::enter`].
+    #[expect(
+        unsafe_code,
+        reason = "the owner may be running, and change other fields"
+    )]
+    pub unsafe fn tell(this: *const Far, slot: usize, exit: u64) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if (*this).listens.load(Relaxed) {
+                Far::enter(this, slot, exit);
+            }
+        }
+    }
+
     /// # Safety
     /// `this` is valid for as long as this takes; its owner touches `slots`, `polls`, `exits`, `known.0` and `listens` atomically
     /// only.
@@ -221,12 +232,12 @@ impl Far {
         unsafe_code,
         reason = "the owner may be running, and change other fields"
     )]
-    pub unsafe fn tell(this: *const Far, slot: usize, exit: u64) {
+    unsafe fn enter(this: *const Far, slot: usize, exit: u64) {
+        if slot >= SLOTS {
+            return;
+        }
         // SAFETY: the caller's promise; references are made to atomic fields only.
         unsafe {
-            if slot >= SLOTS || !(*this).listens.load(Relaxed) {
-                return;
-            }
             for field in [
                 &raw const (*this).slots,
                 &raw const (*this).polls,

@@ -73,6 +73,9 @@ impl Scratch {
     }
 }
 
+/// What a place has too much.
+const BIAS: i32 = crate::window::SHIFT as i32;
+
 fn place(kind: usize) -> Mem {
     Mem::Gs(off::WINDOW_PLACES + 8 * kind as i32)
 }
@@ -348,8 +351,7 @@ impl Tx<'_> {
                 self.scratch.slack = 0;
             }
         }
-        let bias = crate::window::SHIFT as i32;
-        Mem::Sib(Some(reg), Some((I, 0)), disp - bias)
+        Mem::Sib(Some(reg), Some((I, 0)), disp - BIAS)
     }
 
     /// Makes T hold a base, checked; what the base has moved by since, and whether T is a host address.
@@ -429,13 +431,11 @@ impl Tx<'_> {
             return at(T, disp);
         }
         self.placed(kind);
-        let bias = crate::window::SHIFT as i32;
-        Mem::Sib(Some(I), Some((T, 0)), disp - bias)
+        Mem::Sib(Some(I), Some((T, 0)), disp - BIAS)
     }
 
     /// The same, in whichever window it lies: its check gives the place.
     fn through_either(&mut self, base: Base, disp: i32) -> Mem {
-        let bias = crate::window::SHIFT as i32;
         let in_host = match base {
             Base::Gpr(n) => host(n).map(|reg| (n, reg)),
             Base::Code => return self.through(base, disp, HIGH),
@@ -472,7 +472,7 @@ impl Tx<'_> {
                 (None, Base::Code) => {}
             }
             if in_host.is_none() {
-                self.a.lea(T, Mem::Sib(Some(I), Some((T, 0)), -bias));
+                self.a.lea(T, Mem::Sib(Some(I), Some((T, 0)), -BIAS));
             }
             self.scratch.loaded = Some(Loaded {
                 base,
@@ -482,7 +482,7 @@ impl Tx<'_> {
             });
         }
         match in_host {
-            Some((_, reg)) => Mem::Sib(Some(reg), Some((T, 0)), disp - bias),
+            Some((_, reg)) => Mem::Sib(Some(reg), Some((T, 0)), disp - BIAS),
             None => at(T, disp + moved),
         }
     }
@@ -534,40 +534,35 @@ impl Tx<'_> {
                 .all(|r| r == Register::None || in_host(r));
         self.scratch.lose_base();
         self.held = [None; 2];
-        let bias = crate::window::SHIFT as i32;
-        if kind == EITHER {
-            self.some_place();
-            self.address_parts(insn, T);
-            if n >= 4 {
-                self.a.load(Size::Q, I, Mem::Gs(seg_base(n)));
-                self.a.lea(T, Mem::Sib(Some(T), Some((I, 0)), 0));
-            }
-            if !simple {
-                self.scratch.lose_place();
-                self.some_place();
-            }
-            self.place_of_t();
-            return Mem::Sib(Some(I), Some((T, 0)), -bias);
-        }
-        if simple {
+        if kind != EITHER && simple {
             self.placed(kind);
             self.address_parts(insn, T);
             self.check(kind);
             self.address_parts(insn, T);
-        } else {
-            self.address_parts(insn, T);
-            if n >= 4 {
-                self.a.load(Size::Q, I, Mem::Gs(seg_base(n)));
-                self.a.lea(T, Mem::Sib(Some(T), Some((I, 0)), 0));
-            }
+            return Mem::Sib(Some(I), Some((T, 0)), -BIAS);
+        }
+        if simple {
+            self.some_place();
+        }
+        self.address_parts(insn, T);
+        if n >= 4 {
+            self.a.load(Size::Q, I, Mem::Gs(seg_base(n)));
+            self.a.lea(T, Mem::Sib(Some(T), Some((I, 0)), 0));
+        }
+        if !simple {
             self.scratch.lose_place();
-            self.placed(kind);
+            self.some_place();
+        }
+        if kind == EITHER {
+            self.place_of_t();
+        } else {
             self.a.shrx(I, T, I);
             let check = Mem::GsIndex(I, crate::window::CHECKS[kind]);
             self.a.load(Size::D, I, check);
             self.a.load(Size::Q, I, place(kind));
+            self.scratch.place = Some(kind);
         }
-        Mem::Sib(Some(I), Some((T, 0)), -bias)
+        Mem::Sib(Some(I), Some((T, 0)), -BIAS)
     }
 
     /// A copied instruction with its memory operand in a window.
@@ -595,14 +590,13 @@ impl Tx<'_> {
         let mut free = T;
         if let Some(s) = o.slots.first() {
             if let Mem::Sib(Some(I), Some((T, 0)), disp) = operand {
-                let bias = crate::window::SHIFT as i32;
-                self.a.lea(T, Mem::Sib(Some(I), Some((T, 0)), -bias));
+                self.a.lea(T, Mem::Sib(Some(I), Some((T, 0)), -BIAS));
                 self.held[0] = None;
                 match &mut self.scratch.loaded {
                     Some(s) => s.resolved = true,
                     None => kept = false,
                 }
-                operand = at(T, disp + bias);
+                operand = at(T, disp + BIAS);
             }
             if matches!(
                 operand,
